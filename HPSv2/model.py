@@ -1,0 +1,64 @@
+"""The CLIP model behind HPSv2, built by open_clip without fetching any pretrained weights."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from torch_utils.checkpoint import CheckpointError
+from torch_utils.errors import UserError
+
+ARCHITECTURE = "ViT-H-14"
+
+
+def build_model(architecture: str = ARCHITECTURE, device: torch.device | str = "cpu") -> nn.Module:
+    """Build an open_clip CLIP model with random float32 weights, in evaluation mode.
+
+    Its `encode_image` and `encode_text` take `[N, 3, S, S]` float and `[N, context_length]` int64 tensors.
+    Raises `UserError` for an architecture that open_clip does not know.
+    """
+    import open_clip
+
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        raise UserError(f"open_clip knows no architecture {architecture!r}; the HPSv2 weights need {ARCHITECTURE!r}")
+    # The random start values of the 986 million weights are drawn on the device: seconds faster than on the CPU.
+    with torch.device(device):
+        model = open_clip.CLIP(**config)
+    return model.eval().requires_grad_(False)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of an HPSv2 checkpoint (a dict with the key `state_dict`) to the CPU; runs no code from it.
+
+    Raises `CheckpointError` for a file that is damaged, would run code, or is the checkpoint of something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path} cannot be read as an HPSv2 checkpoint: {reason[0][:160]}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no HPSv2 checkpoint: it holds a {type(content).__name__}, not a dict")
+    state = content.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is no HPSv2 checkpoint: it lacks the dict 'state_dict' and {_describe(content)}")
+    return state
+
+
+def _describe(content: dict) -> str:
+    """Say what a checkpoint that is not HPSv2's looks like, judged by its keys."""
+    keys = [str(key) for key in content]
+    layouts = {
+        "blip.": "looks like ImageReward",
+        "layers.": "looks like the aesthetic predictor's head",
+        "vision_model.": "looks like a transformers CLIP model, such as PickScore",
+        "visual.": "looks like a plain open_clip model, such as the LAION one that HPSv2 was tuned from",
+    }
+    for prefix, description in layouts.items():
+        if any(key.startswith(prefix) for key in keys):
+            return description
+    return f"has the keys {', '.join(sorted(keys)[:4])}" if keys else "is empty"

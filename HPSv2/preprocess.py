@@ -1,0 +1,32 @@
+"""HPSv2's image preprocessing, on tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess(images: Tensor, size: int) -> Tensor:
+    """Resize, pad and normalise as the authors' inference does: `[N, 3, H, W]` float in [0, 1] -> `[N, 3, size, size]`.
+
+    The longest side becomes `size` (bicubic, antialiased, overshoot kept, as torchvision >= 0.17 does with tensors),
+    then black bars make the image square, the odd row or column of a bar to the right or below.
+    """
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    # A side of a very long image would round to 0 rows.
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    if (new_height, new_width) != (height, width):
+        images = F.interpolate(
+            images, size=(new_height, new_width), mode="bicubic", antialias=True, align_corners=False
+        )
+    pad_height, pad_width = size - new_height, size - new_width
+    left, top = pad_width // 2, pad_height // 2
+    images = F.pad(images, (left, pad_width - left, top, pad_height - top))
+    mean = torch.tensor(MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
+    return (images - mean) / std

@@ -1,0 +1,351 @@
+"""The whole loop on the toy: it learns, its logs hold, and neither ranks nor interruptions change its numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy_training import Models, ToyDenoiser, ToyReward, run_toy, toy_inputs, toy_models, write_files
+
+from torch_utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.ppo.config import Config, PPOConfig, load_config
+from training.ppo.interrupt import StopRequest
+from training.ppo.policy import EPDParamPolicy
+from training.ppo.ppo_trainer import PPOTrainer
+from training.ppo.reporting import append_line, drop_lines_after
+from training.ppo.rl_runner import Rollout
+from training.ppo.run_dir import RunDirectory, RunError, open_run
+from training.table import SolverTable, load_table
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return write_files(tmp_path)
+
+
+def only_run(root):
+    (path,) = (root / "exps").iterdir()
+    return RunDirectory(path)
+
+
+def lines(path):
+    def refuse(name):
+        raise ValueError(f"{name} is not strict JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def without_timings(records):
+    return [{k: v for k, v in record.items() if "second" not in k} for record in records]
+
+
+def final_state(directory):
+    return load_checkpoint(directory.latest_checkpoint())
+
+
+def assert_same_policy(first, second):
+    assert first["step"] == second["step"] and first["best"] == second["best"]
+    assert first["policy"].keys() == second["policy"].keys()
+    for key, value in first["policy"].items():
+        assert torch.equal(value, second["policy"][key])
+
+
+def assert_same_logs(first, second):
+    assert without_timings(lines(first.metrics)) == without_timings(lines(second.metrics))
+    assert without_timings(lines(first.evaluations)) == without_timings(lines(second.evaluations))
+
+
+def run_program(toy, *arguments, ranks=1, **options):
+    """The toy as a program of its own: plain, or `ranks` processes under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, REPOSITORY / "tests" / "toy_training.py", toy, *arguments]
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+
+# --- Learning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parameterization", ["direct", "mlp"])
+def test_training_improves_the_mean_table(toy, tmp_path, parameterization):
+    rate = {"direct": "0.05", "mlp": "0.003"}[parameterization]
+    options = ["ppo.steps=30", "evaluation.interval=10", f"ppo.learning_rate={rate}"]
+    assert run_toy(toy, "never", [*options, f"policy.parameterization={parameterization}"]) == 0
+    evaluations = lines(only_run(tmp_path).evaluations)
+    assert [record["step"] for record in evaluations] == [0, 10, 20, 30]
+    # Exact samples would score -0.0798, the mean distance of N(0, 0.1^2) from its centre.
+    first, last = evaluations[0]["reward_mean"], evaluations[-1]["reward_mean"]
+    assert last > first + 0.5 * (-0.0798 - first)
+    # The metric that was not trained on agrees.
+    assert evaluations[-1]["toy_spread_mean"] > evaluations[0]["toy_spread_mean"]
+
+
+def test_the_best_policy_is_kept(toy, tmp_path):
+    run_toy(toy, "never", ["ppo.steps=6", "ppo.learning_rate=2.0", "evaluation.interval=1"])
+    directory = only_run(tmp_path)
+    evaluations = lines(directory.evaluations)
+    best = max(evaluations, key=lambda record: record["reward_mean"])
+    assert best["step"] < 6  # the rate is far too high: later steps are worse
+    state = load_checkpoint(directory.best_checkpoint)
+    assert state["step"] == best["step"] and state["best"]["reward_mean"] == best["reward_mean"]
+
+
+class FixedRunner:
+    """Hands out one prepared rollout."""
+
+    def __init__(self, rollout):
+        self.prepared = rollout
+
+    def rollout(self, policy, step):
+        return self.prepared
+
+
+def one_update(tmp_path, rewards, **ppo):
+    """Policy before and after a single update on 4 samples in 2 groups, and the statistics."""
+    table = SolverTable(positions=[[0.3, 0.6]] * 2, weights=[[0.5, 0.5]] * 2)
+    policy = EPDParamPolicy(table, parameterization="direct")
+    sample = policy.sample_table(4, seed=0)
+    groups = torch.tensor([0, 0, 1, 1])
+    rollout = Rollout(sample, ["a", "a", "b", "b"], groups, torch.tensor(rewards, dtype=torch.float64), 0.0, 0.0)
+    config = Config(ppo=PPOConfig(rollout_batch_size=4, rloo_k=2, **{"ppo_epochs": 1, "learning_rate": 0.01, **ppo}))
+    trainer = PPOTrainer(config, policy, FixedRunner(rollout), None, RunDirectory(tmp_path))
+    statistics = trainer.update(rollout)
+    return sample, policy, statistics
+
+
+def test_an_update_makes_better_tables_likelier(tmp_path):
+    sample, policy, statistics = one_update(tmp_path, [1.0, 0.0, 5.0, 6.0])
+    gained = (policy.log_prob(sample) - sample.log_prob).detach()
+    assert gained[0] > gained[1] and gained[3] > gained[2]
+    assert statistics["kl"] > 0 and statistics["approx_kl"] > 0 and statistics["grad_norm"] > 0
+    ratios = gained.exp()
+    assert statistics["ratio_mean"] == pytest.approx(ratios.mean().item())
+    assert statistics["ratio_max"] == pytest.approx(ratios.max().item())
+
+
+def test_baselines_differ_where_prompts_differ(tmp_path):
+    # Prompt a scores low and b high. Per prompt the first table of each pair wins; the published grouping compares
+    # sample 0 with 2 and 1 with 3, and so rewards both tables of the easy prompt.
+    rewards = [0.1, 0.0, 10.1, 10.0]
+    sample, prompt, _ = one_update(tmp_path, rewards)
+    _, mixed, _ = one_update(tmp_path, rewards, baseline="legacy_mixed")
+    by_prompt = (prompt.log_prob(sample) - sample.log_prob).detach()
+    by_column = (mixed.log_prob(sample) - sample.log_prob).detach()
+    assert by_prompt[0] > by_prompt[1] and by_prompt[2] > by_prompt[3]
+    assert by_column[2] + by_column[3] > by_column[0] + by_column[1]
+
+
+def test_entropy_and_kl_terms(tmp_path):
+    equal = [1.0, 1.0, 1.0, 1.0]  # no advantage: only the extra terms act
+    _, still, _ = one_update(tmp_path, equal)
+    _, wider, _ = one_update(tmp_path, equal, entropy_coef=1.0)
+    assert wider.entropy() > still.entropy()
+    rewards = [1.0, 0.0, 5.0, 6.0]
+    _, free, _ = one_update(tmp_path, rewards, ppo_epochs=20, clip_range=10.0)
+    _, held, _ = one_update(tmp_path, rewards, ppo_epochs=20, clip_range=10.0, kl_coef=10.0)
+    assert held.kl() < 0.5 * free.kl()
+
+
+def test_gradient_limit(tmp_path):
+    rewards = [1.0, 0.0, 5.0, 6.0]
+    _, _, free = one_update(tmp_path, rewards, max_grad_norm=None)
+    _, _, held = one_update(tmp_path, rewards, max_grad_norm=1e-3)
+    assert free["grad_norm"] == held["grad_norm"] > 1e-3  # what is reported is the norm before the limit
+
+
+def test_minibatches_cover_the_batch_once(tmp_path):
+    table = SolverTable(positions=[[0.3, 0.6]], weights=[[0.5, 0.5]])
+    config = Config(ppo=PPOConfig(rollout_batch_size=12, rloo_k=4, minibatch_size=3))
+    policy = EPDParamPolicy(table, parameterization="direct")
+    trainer = PPOTrainer(config, policy, FixedRunner(None), None, RunDirectory(tmp_path))
+    orders = set()
+    for trainer.step in (1, 2):
+        for epoch in (0, 1):
+            parts = trainer._minibatches(12, epoch)
+            assert [len(part) for part in parts] == [3, 3, 3, 3]
+            assert sorted(torch.cat(parts).tolist()) == list(range(12))
+            orders.add(tuple(torch.cat(parts).tolist()))
+    assert len(orders) == 4  # another order in each epoch of each step
+
+
+# --- What is written ------------------------------------------------------------------------------------------------
+
+
+def test_run_folder(toy, tmp_path):
+    run_toy(toy, "never", ["logging.tensorboard=true"])
+    directory = only_run(tmp_path)
+    metrics = lines(directory.metrics)
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    assert [record["images"] for record in metrics] == [16, 32, 48, 64]
+    always = {"reward_mean", "reward_std", "reward_group_std", "kl", "approx_kl", "clip_fraction", "entropy"}
+    always |= {"ratio_mean", "grad_norm", "loss", "images_per_second", "seconds_generation", "seconds_update"}
+    assert all(always <= record.keys() for record in metrics)
+    assert ["eval_reward_mean" in record for record in metrics] == [False, True, False, True]
+    assert metrics[3]["eval_reward_mean"] == lines(directory.evaluations)[-1]["reward_mean"]
+    assert all(record["reward_min"] <= record["reward_mean"] <= record["reward_max"] for record in metrics)
+    present = sorted(path.name for path in directory.checkpoint(4).parent.glob("*.pt"))
+    assert present == ["policy-best.pt", "policy-step000002.pt", "policy-step000004.pt"]
+    assert sorted(path.name for path in (directory.path / "samples").iterdir()) == [
+        "step000000.png",
+        "step000002.png",
+        "step000004.png",
+    ]
+    assert list(directory.tensorboard.glob("events.out.tfevents.*"))
+    config = load_config(directory.config)
+    assert config.ppo.rollout_batch_size == 16
+    stored = load_table(config.data.predictor_snapshot)
+    assert stored.positions[0].tolist() == pytest.approx([0.335, 0.665]) and stored.schedule_type == "polynomial"
+    assert not list(directory.path.rglob("*.tmp"))
+
+
+def test_metric_lines_refuse_what_json_cannot_say(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_line(tmp_path / "metrics.jsonl", {"step": 1, "reward_mean": float("nan")})
+
+
+def test_lines_after_the_checkpoint_and_torn_lines_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\ngarbage\n{"step": 3}\n{"step": 4}\n{"step": 2')
+    drop_lines_after(path, 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+# --- Ranks ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_draw_and_learn_the_same(toy, tmp_path):
+    run_toy(toy, "never", [])
+    alone = only_run(tmp_path)
+    pair = run_program(toy, "never", f"run.output_root={tmp_path}/pair", ranks=2)
+    assert pair.returncode == 0, pair.stderr
+    (folder,) = (tmp_path / "pair").iterdir()
+    directory = RunDirectory(folder)
+    assert_same_policy(final_state(alone), final_state(directory))
+    assert_same_logs(alone, directory)
+    for step in (0, 2, 4):
+        assert alone.sample_grid(step).read_bytes() == directory.sample_grid(step).read_bytes()
+
+
+# --- Interruption and resuming --------------------------------------------------------------------------------------
+
+
+class SignalAfter(ToyReward):
+    """The toy reward; sends this process a signal while the `calls`-th rollout is scored."""
+
+    def __init__(self, calls, signum):
+        super().__init__()
+        self.left, self.signum = calls, signum
+
+    def score(self, images, prompts):
+        if len(prompts) == 16:  # a rollout, not an evaluation
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.signum)
+        return super().score(images, prompts)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_the_resumed_run_equals_an_undisturbed_one(toy, tmp_path, signum):
+    options = ["ppo.steps=6", "policy.parameterization=mlp", "ppo.minibatch_size=4"]
+    run_toy(toy, "never", [*options, f"run.output_root={tmp_path}/undisturbed"])
+    (folder,) = (tmp_path / "undisturbed").iterdir()
+    undisturbed = RunDirectory(folder)
+
+    models = Models(ToyDenoiser(), SignalAfter(3, signum), toy_models().metrics)
+    assert run_toy(toy, "auto", options, models) == signum
+    directory = only_run(tmp_path)
+    assert directory.latest_checkpoint() == directory.checkpoint(3)
+    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+
+    # As if the run had gone on for a while after its last checkpoint, and died in the middle of a line.
+    with open(directory.metrics, "a") as file:
+        file.write('{"step": 4, "reward_mean": 99}\n{"step": 5, "rew')
+    assert run_toy(toy, "auto", options) == 0
+    assert only_run(tmp_path) == directory
+    assert_same_policy(final_state(undisturbed), final_state(directory))
+    assert_same_logs(undisturbed, directory)
+
+
+def test_a_second_signal_takes_effect_at_once():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+
+
+def open_and_close(config_path, overrides, resume):
+    """What `open_run` chooses: folder and checkpoint."""
+    config = load_config(config_path, overrides)
+    with open_run(config, toy_inputs(config).start, resume) as (directory, checkpoint):
+        return directory, checkpoint
+
+
+def test_auto_continues_only_an_equal_unfinished_run(toy, tmp_path):
+    stop_early = Models(ToyDenoiser(), SignalAfter(3, signal.SIGTERM), toy_models().metrics)
+    run_toy(toy, "never", [], stop_early)
+    unfinished = only_run(tmp_path)
+    assert open_and_close(toy, [], "auto") == (unfinished, unfinished.checkpoint(3))
+    for other in (["ppo.learning_rate=0.01"], ["run.seed=1"], ["run.run_name=oy"], ["model.num_points=3"]):
+        directory, checkpoint = open_and_close(toy, other, "auto")
+        assert directory != unfinished and checkpoint is None
+    config = load_config(toy)
+    start = toy_inputs(config).start
+    with open_run(config, start, "auto") as (first, _), open_run(config, start, "auto") as (second, checkpoint):
+        assert first == unfinished
+        assert second != unfinished and checkpoint is None  # the first one is in use
+    run_toy(toy, str(unfinished.path), [])
+    directory, checkpoint = open_and_close(toy, [], "auto")
+    assert directory != unfinished and checkpoint is None  # the first one is finished
+
+
+def test_resume_by_name(toy, tmp_path):
+    run_toy(toy, "never", [])
+    directory = only_run(tmp_path)
+    with pytest.raises(RunError, match=r"other values of ppo\.learning_rate, evaluation\.seed; use the same"):
+        open_and_close(toy, ["ppo.learning_rate=0.01", "evaluation.seed=7", "ppo.steps=9"], str(directory.path))
+    with pytest.raises(RunError, match="the start table"):
+        other = SolverTable(positions=[[0.2, 0.6]] * 3, weights=[[0.5, 0.5]] * 3)
+        with open_run(load_config(toy), other, str(directory.path)):
+            pass
+    assert run_toy(toy, str(directory.path), ["ppo.steps=6", "logging.save_interval=1"]) == 0
+    assert final_state(directory)["step"] == 6 and [r["step"] for r in lines(directory.metrics)] == [1, 2, 3, 4, 5, 6]
+    assert load_config(directory.config).ppo.steps == 6
+    assert only_run(tmp_path) == directory
+    with pytest.raises(RunError, match="not a run folder"):
+        open_and_close(toy, [], str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_resumed_run_knows_the_best_so_far(toy, tmp_path):
+    run_toy(toy, "never", [])
+    directory = only_run(tmp_path)
+    best = {"step": 2, "reward_mean": 1.0}  # more than the toy can reach
+    save_checkpoint(directory.checkpoint(4), {**final_state(directory), "best": best})
+    kept = directory.best_checkpoint.read_bytes()
+    run_toy(toy, str(directory.path), ["ppo.steps=6"])
+    assert final_state(directory)["best"] == best
+    assert directory.best_checkpoint.read_bytes() == kept
+
+
+def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
+    run_toy(toy, "never", [])
+    directory = only_run(tmp_path)
+    checkpoint = directory.checkpoint(4)
+    data = bytearray(checkpoint.read_bytes())
+    data[len(data) // 2] ^= 1
+    checkpoint.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        run_toy(toy, str(directory.path), ["ppo.steps=5"])
+    other = EPDParamPolicy(SolverTable(positions=[[0.2, 0.6]] * 3, weights=[[0.5, 0.5]] * 3))
+    trainer = PPOTrainer(Config(), other, FixedRunner(None), None, directory)
+    with pytest.raises(CheckpointError, match="another start table"):
+        trainer.resume(directory.checkpoint(2))

@@ -1,0 +1,1 @@
+"""Base layer: errors, seeds, process groups, safe files and downloads."""

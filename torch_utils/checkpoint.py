@@ -1,0 +1,136 @@
+"""Files that survive a crash: atomic writes, SHA-256 records, checkpoints that never run code when read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_utils.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or not of the kind that we write."""
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, its content appears under `path` at once.
+
+    The file is flushed to disk before the rename and the folder after it, so a power cut leaves the old file or the
+    new one, never a part. When the block raises, the temporary file is removed and `path` stays as it was. Missing
+    parent folders are made. The temporary name ends in `.tmp`, so that no `*.png` pattern catches it: a writer that
+    guesses the format from the suffix must be told the format.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        # os.open applies the umask to 0o666; the tempfile module would leave the result readable by its owner only.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path` through `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8, line ends unchanged, to `path` through `atomic_file`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes as 64 lower-case hex digits, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def record_path(path: str | os.PathLike[str]) -> Path:
+    """Where the SHA-256 of `path` is written: `<path>.sha256`, a line that `sha256sum -c` understands."""
+    path = Path(path)
+    return path.with_name(path.name + ".sha256")
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings and containers of them) and its SHA-256 record.
+
+    Raises `CheckpointError` when `load_checkpoint` could not read the state back, and then leaves `path` as it was.
+    """
+    path = Path(path)
+    with atomic_file(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"checkpoint {path}: the state cannot be saved: {error}") from error
+        data = temporary.read_bytes()
+        _parse(data, path)
+        # The record comes first: once the checkpoint has its final name, everything needed to read it is there.
+        atomic_write_text(record_path(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Nothing is parsed before the bytes match `<path>.sha256`.
+
+    Raises `CheckpointError` (one line that names the file) for a missing file or record, a mismatch, or content that
+    `torch.load(weights_only=True)` refuses.
+    """
+    path = Path(path)
+    record = record_path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    try:
+        expected = record.read_text(encoding="utf-8").split()[0]
+    except (OSError, UnicodeDecodeError, IndexError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} has no readable SHA-256 record {record.name}; copy both files or use another checkpoint"
+        ) from error
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != expected:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or incomplete: its SHA-256 is {actual[:12]}..., "
+            f"its record says {expected[:12]}...; use another checkpoint"
+        )
+    return _parse(data, path)
+
+
+def _parse(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} holds something other than tensors, numbers, strings, lists and dicts"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__}, not a dict")
+    return state

@@ -1,0 +1,200 @@
+"""Process groups: the same script runs with plain `python` or with `torchrun --nproc_per_node=N`.
+
+Without `torchrun` no process group exists and every helper is the identity, whatever MASTER_ADDR or MASTER_PORT say.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO, TypeVar, overload
+
+import torch
+import torch.distributed as dist
+
+from torch_utils.errors import UserError
+
+T = TypeVar("T")
+
+_device: torch.device | None = None
+
+
+class DistributedError(UserError):
+    """A launch that cannot work: more processes than GPUs, an unknown device, no meeting point."""
+
+
+def init(device: str = "auto", timeout_minutes: float = 30.0) -> None:
+    """Choose this process's device and, under `torchrun`, join the process group. Calling it again changes nothing.
+
+    device           "auto" (a GPU where there is one), "cpu", "cuda" (the GPU of this process), or "cuda:N" (alone).
+    timeout_minutes  How long a collective waits for a slow or lost rank before it raises.
+
+    The group uses NCCL on GPUs and Gloo on the CPU. Raises `DistributedError` when the device or the group cannot be
+    had, and `ValueError` when an earlier call chose another kind of device.
+    """
+    global _device
+    if _device is not None:
+        if device != "auto" and device.split(":")[0] != _device.type:
+            raise ValueError(f"distributed.init: device {device} was asked for after {_device} had been chosen")
+        return
+    ranks = _environment_number("WORLD_SIZE") if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
+    local_rank = _environment_number("LOCAL_RANK") if ranks > 1 else 0
+    chosen = _choose_device(device, local_rank, ranks)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if ranks > 1:
+        _join_group(chosen, timeout_minutes)
+    _device = chosen
+
+
+def _environment_number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise DistributedError(f"environment variable {name} is {text!r}, not a number: use torchrun, or unset RANK")
+    return int(text)
+
+
+def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise DistributedError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type != "cuda":
+        raise DistributedError(f"unsupported device {name!r}: use auto, cpu, cuda or cuda:N")
+    if chosen.index is not None and ranks > 1:
+        raise DistributedError(f"device {name} under torchrun would put every process on one GPU: use cuda")
+    index = local_rank if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
+        raise DistributedError(
+            f"GPU {index} was asked for, but {torch.cuda.device_count()} can be seen here: "
+            "lower --nproc_per_node, choose another GPU, or use the device cpu"
+        )
+    return torch.device("cuda", index)
+
+
+def _join_group(chosen: torch.device, timeout_minutes: float) -> None:
+    try:
+        dist.init_process_group(
+            backend="nccl" if chosen.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise DistributedError(
+            f"rank {os.environ['RANK']} could not join the process group at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} ({reason}): is the port free (--master_port), did all ranks start?"
+        ) from error
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one, and forget the device."""
+    global _device
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _device = None
+
+
+def rank() -> int:
+    """Number of this process, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Count of processes, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the process that writes files and messages."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device that `init` chose. Raises `RuntimeError` before `init`."""
+    if _device is None:
+        raise RuntimeError("call torch_utils.distributed.init() before device()")
+    return _device
+
+
+def print0(*args: object, file: TextIO | None = None) -> None:
+    """Print from rank 0 only, to stderr unless `file` is given, and flush."""
+    if is_main():
+        print(*args, file=sys.stderr if file is None else file, flush=True)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier(device_ids=[device().index] if device().type == "cuda" else None)
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Join `tensor [n, ...]` of all ranks along dimension 0, in rank order: `[world_size * n, ...]` on every rank.
+
+    The result is on `tensor.device` and carries no gradient. Raises `ValueError` on every rank when a tensor has no
+    dimension or when shapes or dtypes differ, where a bare collective would hang or scramble the values.
+    """
+    if tensor.ndim == 0:
+        raise ValueError("all_gather needs a tensor with at least one dimension")
+    if world_size() == 1:
+        return tensor.detach()
+    kinds = all_gather_objects((tuple(tensor.shape), str(tensor.dtype)))
+    if len(set(kinds)) > 1:
+        raise ValueError(f"all_gather needs equal shapes and dtypes on all ranks, got {kinds}")
+    local = tensor.detach().to(device()).contiguous()
+    # Gloo has no boolean type.
+    carried = local.to(torch.uint8) if tensor.dtype == torch.bool else local
+    parts = [torch.empty_like(carried) for _ in range(world_size())]
+    dist.all_gather(parts, carried)
+    return torch.cat(parts).to(device=tensor.device, dtype=tensor.dtype)
+
+
+def all_gather_objects(obj: T) -> list[T]:
+    """The picklable `obj` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [obj]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def broadcast_object(obj: T, src: int = 0) -> T:
+    """The picklable `obj` of rank `src`, on every rank."""
+    if world_size() == 1:
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=src, device=device())
+    return box[0]
+
+
+@torch.no_grad()
+def all_reduce_mean_(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace each floating-point tensor by its mean over the ranks, in place. Every rank passes the same shapes."""
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise ValueError(f"all_reduce_mean_ needs floating-point tensors, got {tensor.dtype}")
+        if world_size() > 1:
+            total = tensor.detach().to(device(), copy=True)
+            dist.all_reduce(total)
+            tensor.copy_(total / world_size())
+
+
+@overload
+def shard(items: int) -> range: ...
+@overload
+def shard(items: Sequence[T]) -> Sequence[T]: ...
+def shard(items: int | Sequence[T]) -> range | Sequence[T]:
+    """This rank's contiguous part of `items` (an integer n means range(n)); lengths differ by at most one.
+
+    Parts follow each other in rank order, so that `all_gather` of equal parts restores the order of the whole.
+    """
+    whole = range(items) if isinstance(items, int) else items
+    start, stop = (len(whole) * r // world_size() for r in (rank(), rank() + 1))
+    return whole[start:stop]

@@ -1,0 +1,257 @@
+"""The files that the project needs and does not ship: where they are looked for, where they come from, their hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dnnlib.util import ANSWER_SECONDS, TIMEOUT, DownloadError, cache_dir, download, within
+from torch_utils.checkpoint import atomic_write_text, sha256_file
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """One file of an asset, `name` relative to its folder; `size` in bytes and `sha256` are None where not known."""
+
+    name: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Something to download under one key: a single file, or a folder of files.
+
+    key          What `check_file_by_key` is asked for.
+    files        The files, all needed.
+    project_dir  Folder inside the project in which a copy made by hand is found.
+    cache_name   Folder inside `cache_dir()` into which downloads go.
+    used_by      Who needs it, for the message when it is missing.
+    repo         Hugging Face repository, with its full commit hash in `revision`; or None, and then
+    base_url     address of the folder on the web.
+    folder_env   Environment variable that replaces both folders.
+    is_folder    Whether the answer is the folder rather than its only file.
+    """
+
+    key: str
+    files: tuple[KnownFile, ...]
+    project_dir: str
+    cache_name: str
+    used_by: str
+    repo: str | None = None
+    revision: str | None = None
+    base_url: str | None = None
+    folder_env: str | None = None
+    is_folder: bool = False
+
+    def folders(self) -> list[Path]:
+        """Folders to look in, best first; the last one receives downloads."""
+        override = os.environ.get(self.folder_env, "") if self.folder_env else ""
+        if override:
+            return [Path(override).expanduser()]
+        return [PROJECT / self.project_dir, cache_dir() / self.cache_name]
+
+    def source(self) -> str:
+        """Where the files come from, for people."""
+        return f"https://huggingface.co/{self.repo}/tree/{self.revision}" if self.repo else f"{self.base_url}"
+
+
+# Sizes and hashes: the large files' entries on the hub (Git LFS). The small text files of the Stable Diffusion folder
+# are fixed by the commit alone. The publisher of the captions gives neither size nor hash.
+ASSETS: dict[str, Asset] = {
+    asset.key: asset
+    for asset in (
+        Asset(
+            key="ms_coco",
+            files=(
+                KnownFile("model_index.json"),
+                KnownFile("scheduler/scheduler_config.json"),
+                KnownFile("tokenizer/merges.txt"),
+                KnownFile("tokenizer/special_tokens_map.json"),
+                KnownFile("tokenizer/tokenizer_config.json"),
+                KnownFile("tokenizer/vocab.json"),
+                KnownFile("text_encoder/config.json"),
+                KnownFile(
+                    "text_encoder/model.safetensors",
+                    492_265_874,
+                    "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334",
+                ),
+                KnownFile("vae/config.json"),
+                KnownFile(
+                    "vae/diffusion_pytorch_model.safetensors",
+                    334_643_276,
+                    "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+                ),
+                KnownFile("unet/config.json"),
+                KnownFile(
+                    "unet/diffusion_pytorch_model.safetensors",
+                    3_438_167_540,
+                    "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+                ),
+            ),
+            project_dir="weights/stable-diffusion-v1-5",
+            cache_name="stable-diffusion-v1-5",
+            used_by="the model ms_coco (Stable Diffusion v1.5)",
+            repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+            is_folder=True,
+        ),
+        Asset(
+            key="prompts",
+            files=(KnownFile("MS-COCO_val2014_30k_captions.csv"),),
+            project_dir="src/prompts",
+            cache_name="prompts",
+            used_by="PPO training on MS-COCO captions",
+            base_url="https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1",
+        ),
+        Asset(
+            key="hps_v2.1",
+            files=(
+                KnownFile(
+                    "HPS_v2.1_compressed.pt",
+                    1_972_490_005,
+                    "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
+                ),
+            ),
+            project_dir="weights",
+            cache_name="hps",
+            used_by="the reward and the score HPSv2.1",
+            repo="xswu/HPSv2",
+            revision="697403c78157020a1ae59d23f111aa58ced35b0a",
+            folder_env="HPS_ROOT",
+        ),
+    )
+}
+
+
+def check_file_by_key(key: str) -> Path:
+    """Path of a known file (keys "prompts", "hps_v2.1") or folder ("ms_coco", diffusers layout), fetched if need be.
+
+    Raises `DownloadError`, one line, for an unknown key, for a local copy with another size or hash, and within some
+    five seconds when the file is not here and cannot be fetched: it then names the file, its source, its hash, and the
+    folder to put it into by hand. HF_HUB_OFFLINE=1 forbids every download. Under `torchrun` let one rank ask first.
+    """
+    asset = _asset(key)
+    found = locate(key)
+    if found is not None:
+        return found
+    folder = asset.folders()[-1]
+    if offline():
+        raise DownloadError(f"{by_hand(key)} (HF_HUB_OFFLINE forbids downloads)")
+    for file in asset.files:
+        if (folder / file.name).is_file():
+            continue
+        try:
+            _fetch(asset, file, folder)
+        except DownloadError as error:
+            raise DownloadError(f"{by_hand(key)} ({error})") from error
+    return _verified(asset, folder)
+
+
+def locate(key: str) -> Path | None:
+    """The same path when every file is already on this machine and intact, else None; never downloads.
+
+    Looks into the project, into the cache, and, for hub files at the pinned commit, into the hub's own cache.
+    Raises `DownloadError` for an unknown key and for a copy with another size or hash.
+    """
+    asset = _asset(key)
+    for folder in asset.folders():
+        if _is_complete(asset, folder):
+            return _verified(asset, folder)
+    snapshot = _hub_snapshot(asset)
+    return _verified(asset, snapshot) if snapshot is not None and _is_complete(asset, snapshot) else None
+
+
+def by_hand(key: str) -> str:
+    """One line: which files are needed for `key`, from where, with which hashes, into which folder."""
+    asset = _asset(key)
+    names = ", ".join(
+        file.name + (f" (SHA-256 {file.sha256})" if file.sha256 else " (no hash published)" if not asset.repo else "")
+        for file in asset.files
+    )
+    return f"{asset.used_by} needs {names}: get it from {asset.source()} and put it into {asset.folders()[-1]}"
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids downloads."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def stamped_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a large file (64 hex digits), computed once and remembered while path, size and mtime stay the same.
+
+    Raises `OSError` when there is no such file. The note is kept under `verified/` in `cache_dir()`; where that cannot
+    be written, the file is hashed each time.
+    """
+    path = Path(path).resolve()
+    status = path.stat()
+    stamp = json.dumps([str(path), status.st_size, status.st_mtime_ns])
+    note = cache_dir() / "verified" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # No note, or a damaged one.
+        digest, _, described = note.read_text(encoding="utf-8").partition(" ")
+        if described == stamp:
+            return digest
+    digest = sha256_file(path)
+    with contextlib.suppress(OSError):  # A read-only cache costs time, not correctness.
+        atomic_write_text(note, f"{digest} {stamp}")
+    return digest
+
+
+def _asset(key: str) -> Asset:
+    if key not in ASSETS:
+        raise DownloadError(f"unknown file key {key!r}; known keys: {', '.join(ASSETS)}")
+    return ASSETS[key]
+
+
+def _is_complete(asset: Asset, folder: Path) -> bool:
+    return all((folder / file.name).is_file() for file in asset.files)
+
+
+def _verified(asset: Asset, folder: Path) -> Path:
+    for file in asset.files:
+        _verify(folder / file.name, file)
+    return folder if asset.is_folder else folder / asset.files[0].name
+
+
+def _verify(path: Path, file: KnownFile) -> None:
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        raise DownloadError(f"{path} has {size} bytes, expected {file.size}: delete it and fetch it again")
+    if file.sha256 is not None and (digest := stamped_sha256(path)) != file.sha256:
+        raise DownloadError(f"{path} has SHA-256 {digest}, expected {file.sha256}: delete it and fetch it again")
+    if size == 0:
+        raise DownloadError(f"{path} is empty: delete it and fetch it again")
+
+
+def _hub_snapshot(asset: Asset) -> Path | None:
+    """The folder of the pinned commit in the hub's own cache, if any of it is there."""
+    if asset.repo is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    first = try_to_load_from_cache(asset.repo, asset.files[0].name, revision=asset.revision)
+    # A third answer besides path and None says that the hub is known not to have the file.
+    return Path(first).parents[asset.files[0].name.count("/")] if isinstance(first, str) else None
+
+
+def _fetch(asset: Asset, file: KnownFile, folder: Path) -> None:
+    if asset.repo is None:
+        download(f"{asset.base_url}/{file.name}", folder / file.name, size=file.size, sha256=file.sha256)
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    try:
+        # Asked first because this call gives up at once, where the download itself retries for half a minute.
+        url = hf_hub_url(asset.repo, file.name, revision=asset.revision)
+        within(ANSWER_SECONDS, lambda: get_hf_file_metadata(url, timeout=TIMEOUT))
+        hf_hub_download(asset.repo, file.name, revision=asset.revision, local_dir=folder)
+    except Exception as error:
+        # The HTTP library beneath huggingface_hub, and with it the exceptions, changes from version to version.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DownloadError(f"cannot fetch {file.name}: {reason}") from error

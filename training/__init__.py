@@ -1,0 +1,1 @@
+"""Solver tables, denoisers, rewards and the PPO loop that tunes a table."""

@@ -1,0 +1,1 @@
+"""PPO on solver tables: policy, losses, rollouts, rewards and the trainer."""

@@ -1,0 +1,191 @@
+"""Scores of several folders side by side: means with intervals, and paired differences to one of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch_utils.errors import UserError
+from training.ppo.intervals import summarize
+
+# Two score files that differ in one of these were not measured alike.
+RECORD_FIELDS = ("version", "weights_sha256", "preprocessing", "dtype", "libraries")
+ROW_FIELDS = ("images_dir", "solver", "num_steps", "nfe", "parallel_nfe", "table_sha256")
+TABLE_START = "| label"
+
+
+class ComparisonError(UserError):
+    """Score files that cannot be compared."""
+
+
+def load_scores(path: Path) -> dict[str, Any]:
+    """Read a score file of a `score_*` command.
+
+    Raises `ComparisonError` for a file that is missing, is something else, or leaves out images as unreadable.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        scores = {(row["seed"], row["prompt"]): float(row["score"]) for row in record["scores"]}
+        texts = [record[key] for key in ("metric", "images_dir", "version", "weights_sha256", "preprocessing", "dtype")]
+        fits = bool(scores) and all(isinstance(text, str) for text in texts) and isinstance(record["libraries"], dict)
+        unreadable = list(record["unreadable"])
+    except FileNotFoundError as error:
+        raise ComparisonError(f"{path} does not exist: score files are written by score_* --output-json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ComparisonError(f"{path} is no score file ({type(error).__name__}: {error})") from error
+    if not fits or len({seed for seed, _ in scores}) < len(record["scores"]):
+        raise ComparisonError(f"{path} is no score file: a field has the wrong type, or a seed is listed twice")
+    if unreadable:
+        raise ComparisonError(f"{path} lacks {len(unreadable)} unreadable images: remake {unreadable[0]} etc.")
+    return record
+
+
+def compare(records: Sequence[dict[str, Any]], reference: str | None = None, force: bool = False) -> dict[str, Any]:
+    """Join score records by folder and image.
+
+    A folder's label is its name, or the path as scored where two folders share the name. Every folder needs the same
+    metrics on the same (seed, prompt) pairs. Returns a dict: `count`, `reference`, `metrics` (how each was measured)
+    and `rows`, one per folder in order of appearance: `label images_dir solver parallel_nfe`, `scores` {metric:
+    summary} and, with a `reference` label, `differences` {metric: summary of reference - row per image, with `wins`,
+    the share of images where the reference is better (ties count half)}; None in the reference's own row. Intervals
+    are `summarize`'s. Raises `ComparisonError`; `force` turns the refusal of unlike measurements into a note on stderr.
+    """
+    folders = _group_by_label(records)
+    metrics = list(dict.fromkeys(record["metric"] for record in records))
+    if reference is not None and reference not in folders:
+        raise ComparisonError(f"--reference {reference!r} is none of the labels {', '.join(folders)}")
+    for metric in metrics:
+        _check_alike([record for record in records if record["metric"] == metric], force)
+    values = {label: _scores_by_image(label, folder, metrics) for label, folder in folders.items()}
+    images = _check_same_images({label: list(scores[metrics[0]]) for label, scores in values.items()})
+    rows = []
+    for label, folder in folders.items():
+        first = folder[metrics[0]]
+        row = {"label": label, **{key: first.get(key) for key in ROW_FIELDS}}
+        row["scores"] = {m: summarize(list(values[label][m].values())) for m in metrics}
+        if reference is not None:
+            differences = {m: _difference(values[reference][m], values[label][m]) for m in metrics}
+            row["differences"] = differences if label != reference else None
+        rows.append(row)
+    some = next(iter(folders.values()))
+    measured = {m: {key: some[m][key] for key in RECORD_FIELDS} for m in metrics}
+    return {"kind": "comparison", "count": len(images), "reference": reference, "metrics": measured, "rows": rows}
+
+
+def _group_by_label(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """label -> metric -> record."""
+    paths = list(dict.fromkeys(record["images_dir"] for record in records))
+    names = [Path(path).name or path for path in paths]
+    labels = dict(zip(paths, names if len(set(names)) == len(names) else paths, strict=True))
+    folders: dict[str, dict[str, dict[str, Any]]] = {label: {} for label in labels.values()}
+    for record in records:
+        folder = folders[labels[record["images_dir"]]]
+        if record["metric"] in folder:
+            raise ComparisonError(f"{record['metric']} of {record['images_dir']} is given twice")
+        folder[record["metric"]] = record
+    return folders
+
+
+def _check_alike(records: Sequence[dict[str, Any]], force: bool) -> None:
+    first = records[0]
+    for record in records[1:]:
+        for field in RECORD_FIELDS:
+            if record[field] != first[field]:
+                message = (
+                    f"{first['metric']} was measured differently: {field} is {first[field]} for {first['images_dir']} "
+                    f"but {record[field]} for {record['images_dir']}"
+                )
+                if not force:
+                    raise ComparisonError(f"{message}: score both again, or compare them all the same with --force")
+                print(message, file=sys.stderr)
+
+
+def _scores_by_image(
+    label: str, folder: dict[str, dict[str, Any]], metrics: Sequence[str]
+) -> dict[str, dict[tuple[int, str], float]]:
+    """metric -> (seed, prompt) -> score, in order of seed; every metric covers the same images."""
+    for metric in metrics:
+        if metric not in folder:
+            raise ComparisonError(f"{label} has no {metric} scores, but other folders have: score it too")
+    scores = {m: {(row["seed"], row["prompt"]): row["score"] for row in folder[m]["scores"]} for m in metrics}
+    _check_same_images({f"{label} ({metric})": list(images) for metric, images in scores.items()})
+    return {metric: dict(sorted(images.items())) for metric, images in scores.items()}
+
+
+def _check_same_images(images: dict[str, list[tuple[int, str]]]) -> list[tuple[int, str]]:
+    """Raise unless every list holds the same (seed, prompt) pairs; returns the first, sorted."""
+    prompts = {label: dict(pairs) for label, pairs in images.items()}
+    everything = {seed for by_seed in prompts.values() for seed in by_seed}
+    gaps = []
+    for label, by_seed in prompts.items():
+        missing = sorted(everything - by_seed.keys())
+        if missing:
+            more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+            gaps.append(f"{label} lacks seeds {', '.join(map(str, missing[:20]))}{more}")
+    if gaps:
+        raise ComparisonError(f"the folders hold different images: {'; '.join(gaps)}")
+    first, *others = prompts
+    for label in others:
+        for seed, prompt in prompts[first].items():
+            if prompts[label][seed] != prompt:
+                raise ComparisonError(
+                    f"seed {seed} has the prompt {prompt[:60]!r} in {first}, "
+                    f"but {prompts[label][seed][:60]!r} in {label}"
+                )
+    return sorted(images[first])
+
+
+def _difference(reference: dict[tuple[int, str], float], other: dict[tuple[int, str], float]) -> dict[str, Any]:
+    gaps = [reference[image] - other[image] for image in reference]
+    wins = sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(gaps)
+    return {**summarize(gaps), "wins": wins}
+
+
+def to_markdown(comparison: dict[str, Any]) -> str:
+    """The table as aligned Markdown, readable in a terminal too, and a line that says what the intervals are."""
+    metrics, reference = list(comparison["metrics"]), comparison["reference"]
+    header = ["label", "solver", "parallel NFE", *metrics]
+    if reference is not None:
+        header += [f"{reference} - this, {metric}" for metric in metrics]
+    lines = []
+    for row in comparison["rows"]:
+        cells = [row["label"], *("" if row[key] is None else str(row[key]) for key in ("solver", "parallel_nfe"))]
+        cells += [_cell(row["scores"][metric]) for metric in metrics]
+        if reference is not None:
+            differences = row["differences"]
+            cells += [_cell(differences[metric], "+") if differences is not None else "" for metric in metrics]
+        lines.append([cell.replace("|", "\\|") for cell in cells])
+    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
+    right = [column >= 2 for column in range(len(header))]
+    rule = ["-" * (width - 1) + ":" if r else "-" * width for width, r in zip(widths, right, strict=True)]
+    table = [
+        "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"
+        for line in [header, rule, *lines]
+    ]
+    note = f"Mean and 95 % interval (Student's t) over {comparison['count']} images"
+    if reference is not None:
+        note += "; differences are paired by seed and prompt"
+    return "\n".join([*table, "", note + "."]) + "\n"
+
+
+def _cell(summary: dict[str, Any], sign: str = "") -> str:
+    mean = f"{summary['mean']:{sign}.4f}"
+    return mean if summary["ci95"] is None else f"{mean} ± {summary['ci95'][1] - summary['mean']:.4f}"
+
+
+def check_comparison_outputs(json_path: Path | None, markdown_path: Path | None) -> None:
+    """Raise `ComparisonError` unless the paths are free or hold an earlier comparison."""
+    if json_path is not None and json_path.exists():
+        try:
+            earlier = json.loads(json_path.read_text(encoding="utf-8"))["kind"] == "comparison"
+        except (OSError, ValueError, KeyError, TypeError):
+            earlier = False
+        if not earlier:
+            raise ComparisonError(f"{json_path} exists and is no comparison: name another file, or delete it")
+    if markdown_path is not None and markdown_path.exists():
+        earlier = markdown_path.is_file() and markdown_path.read_bytes().startswith(TABLE_START.encode())
+        if not earlier:
+            raise ComparisonError(f"{markdown_path} exists and is no comparison: name another file, or delete it")

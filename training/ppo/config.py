@@ -1,0 +1,342 @@
+"""The configuration of a PPO run: every key, its type, its default and its meaning, in one place.
+
+Only click and omegaconf are needed here, so that `--help` and `--dry-run` answer without loading torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from torch_utils.errors import UserError
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used: one line naming the key, its value and what is allowed."""
+
+
+@dataclass
+class RunConfig:
+    output_root: str = "exps"  # run folders are made here, as <timestamp>-<run_name>
+    run_name: str = "epd-ppo"
+    seed: int = 0  # every random draw of the run is derived from it
+
+
+@dataclass
+class DataConfig:
+    predictor_snapshot: str | None = None  # start table; null: the cold-start table of model.num_steps and num_points
+    prompt_csv: str | None = None  # training prompts, .txt or .csv; null: the MS-COCO captions
+
+
+@dataclass
+class ModelConfig:
+    dataset_name: str = "ms_coco"  # backbone: ms_coco (Stable Diffusion v1.5) or emoji (embedded)
+    guidance_type: str = "cfg"
+    guidance_rate: float = 7.5
+    schedule_type: str = "discrete"
+    schedule_rho: float = 1.0
+    sigma_min: float | None = None  # null: the model's own range
+    sigma_max: float | None = None
+    num_steps: int | None = None  # nodes of the schedule (intervals + 1); null: those of the start table
+    num_points: int | None = None  # intermediate points per interval; null: those of the start table
+    afs: bool = False  # replace the very first slope by its analytical value
+    model_path: str | None = None  # folder of the backbone's weights; null: its usual place
+    precision: str = "float32"  # of the backbone: float32, float16 or bfloat16
+
+
+@dataclass
+class RewardConfig:
+    type: str = "hps"
+    weights_path: str | None = None  # null: the reward's usual place
+    batch_size: int = 32  # images per forward of the reward model
+    enable_amp: bool = False  # half precision on a GPU; scores then differ in the fourth digit
+
+
+@dataclass
+class PolicyConfig:
+    parameterization: str = "direct"  # direct: one number per log-concentration; mlp: step embedding and residual MLP
+    hidden_dim: int = 128  # of the mlp
+    num_layers: int = 2  # of the mlp
+
+
+@dataclass
+class PPOConfig:
+    steps: int = 100
+    rollout_batch_size: int = 32  # images per step over all ranks: prompts * rloo_k
+    rloo_k: int = 4  # tables per prompt; each is compared with the others of its prompt
+    rollout_micro_batch: int | None = None  # images per network batch; null: the rank's whole share
+    shared_noise: bool = True  # the tables of a prompt start from the same noise
+    baseline: str = "prompt"  # leave-one-out within a prompt; legacy_mixed: the published runs' grouping across prompts
+    normalize_advantages: bool = True
+    ppo_epochs: int = 4
+    minibatch_size: int | None = None  # samples per optimizer step; null: the whole batch
+    learning_rate: float = 0.05
+    clip_range: float = 0.2
+    kl_coef: float = 0.0  # weight of KL(policy || start policy)
+    entropy_coef: float = 0.0
+    max_grad_norm: float | None = 1.0  # null: no limit
+    dirichlet_concentration: float = 20.0  # sum of a row's concentrations at the start; larger explores less
+    train_scale_dir: bool = False  # false: the start table's values stay as they are
+    train_scale_time: bool = False
+    scale_std: float = 0.05  # standard deviation of a trained scale's logarithm
+
+
+@dataclass
+class EvaluationConfig:
+    interval: int = 10  # steps between evaluations of the mean table; 0: never
+    prompt_file: str | None = None  # held-out prompts; null: the last num_prompts training prompts are held out
+    num_prompts: int = 64  # the first so many of prompt_file
+    seed: int = 1  # of the evaluation noise: the same at every evaluation and for every run.seed
+    metrics: list[str] = field(default_factory=list)  # further rewards, reported beside the trained one
+    grid_images: int = 16  # pictures per grid in samples/; 0: none
+
+
+@dataclass
+class LoggingConfig:
+    log_interval: int = 1  # steps between plain progress lines and TensorBoard points; metrics.jsonl has every step
+    save_interval: int = 10  # steps between checkpoints
+    tensorboard: bool = True
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+CHOICES = {
+    # solver_utils owns these names, but needs torch; a test keeps the two in step.
+    "model.schedule_type": ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch"),
+    "model.precision": ("float32", "float16", "bfloat16"),
+    "policy.parameterization": ("direct", "mlp"),
+    "ppo.baseline": ("prompt", "legacy_mixed"),
+}
+# Inclusive lower limits; a null value is not checked.
+AT_LEAST = {
+    "run.seed": 0,
+    "model.guidance_rate": 0,
+    "model.num_steps": 2,
+    "model.num_points": 1,
+    "reward.batch_size": 1,
+    "policy.hidden_dim": 1,
+    "policy.num_layers": 0,
+    "ppo.steps": 1,
+    "ppo.rollout_batch_size": 2,
+    "ppo.rloo_k": 2,
+    "ppo.rollout_micro_batch": 1,
+    "ppo.ppo_epochs": 1,
+    "ppo.minibatch_size": 1,
+    "ppo.kl_coef": 0,
+    "ppo.entropy_coef": 0,
+    "evaluation.interval": 0,
+    "evaluation.num_prompts": 1,
+    "evaluation.seed": 0,
+    "evaluation.grid_images": 0,
+    "logging.log_interval": 1,
+    "logging.save_interval": 1,
+}
+ABOVE_ZERO = (
+    "model.schedule_rho",
+    "model.sigma_min",
+    "model.sigma_max",
+    "ppo.learning_rate",
+    "ppo.clip_range",
+    "ppo.max_grad_norm",
+    "ppo.dirichlet_concentration",
+    "ppo.scale_std",
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `overrides` ("section.key=value", the value in YAML) and check what needs no other file.
+
+    Raises `ConfigError` for an unreadable file, an unknown key (naming the nearest valid one), a wrong type, or values
+    that do not fit together.
+    """
+    sources = [(str(path), _read_yaml(Path(path)))]
+    sources += [(f"--override {item}", _parse_override(item)) for item in overrides]
+    merged = OmegaConf.structured(Config)
+    for origin, source in sources:
+        _check_keys(origin, source)
+        try:
+            merged = OmegaConf.merge(merged, source)
+            OmegaConf.to_container(merged, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{origin}: {_describe(error)}") from error
+    config = OmegaConf.to_object(merged)
+    check_values(config)
+    return config
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        source = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(source, DictConfig):
+        raise ConfigError(f"configuration {path} must hold sections such as `run:` and `ppo:`, not a list")
+    return source
+
+
+def _parse_override(item: str) -> DictConfig:
+    if "=" not in item or not item.partition("=")[0].strip():
+        raise ConfigError(f"--override {item}: expected section.key=value, for example ppo.steps=100")
+    try:
+        return OmegaConf.from_dotlist([item])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"--override {item}: {' '.join(str(error).split())}") from error
+
+
+def _types() -> dict[str, str]:
+    """`{"section.key": declared type}`, the type as written above, for example `int | None`."""
+    return {
+        f"{section.name}.{item.name}": str(item.type)
+        for section in fields(Config)
+        for item in fields(section.default_factory)
+    }
+
+
+def _describe(error: OmegaConfBaseException) -> str:
+    reason = str(error.msg or error).splitlines()[0]
+    expected = _types().get(str(error.full_key))
+    return f"{error.full_key} must be of type {expected} ({reason})" if expected else reason
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of dotted key and value; a list is one value."""
+    for key, value in node.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _leaves(value, dotted + ".")
+        else:
+            yield dotted, value
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The configuration as `{"section.key": value}`."""
+    return dict(_leaves(OmegaConf.to_container(OmegaConf.structured(config))))
+
+
+def _check_keys(origin: str, source: DictConfig) -> None:
+    types = _types()
+    sections = [section.name for section in fields(Config)]
+    for section, content in OmegaConf.to_container(source).items():
+        if section not in sections:
+            nearest = _nearest(str(section), [*sections, *types])
+            raise ConfigError(f"{origin}: unknown section `{section}`; did you mean `{nearest}`?")
+        if not isinstance(content, dict):
+            raise ConfigError(f"{origin}: section `{section}` must hold `key: value` lines, got {content!r}")
+        for key, value in content.items():
+            dotted = f"{section}.{key}"
+            if dotted not in types:
+                raise ConfigError(f"{origin}: unknown key `{dotted}`; did you mean `{_nearest(dotted, list(types))}`?")
+            # OmegaConf would take any number for a bool, and its mark for "missing" as leave to keep the default.
+            if value == "???" or (types[dotted] == "bool" and isinstance(value, int | float) and value not in (0, 1)):
+                raise ConfigError(f"{origin}: {dotted} must be of type {types[dotted]}, got {value}")
+
+
+def _nearest(key: str, valid: Sequence[str]) -> str:
+    """The most similar valid key; a bare or misplaced key is also compared by its last part alone."""
+    last = key.split(".")[-1]
+
+    def similarity(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        return max(whole, difflib.SequenceMatcher(None, last, candidate.split(".")[-1]).ratio() - 0.05)
+
+    return max(valid, key=similarity)
+
+
+def check_values(config: Config) -> None:
+    """Raise `ConfigError` unless every value is in range and the values fit together."""
+    values = flatten(config)
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value} must be a finite number")
+    for key, allowed in CHOICES.items():
+        if values[key] not in allowed:
+            raise ConfigError(f"{key}={values[key]} must be one of: {', '.join(allowed)}")
+    for key, limit in AT_LEAST.items():
+        if values[key] is not None and values[key] < limit:
+            raise ConfigError(f"{key}={values[key]} must be at least {limit}")
+    for key in ABOVE_ZERO:
+        if values[key] is not None and values[key] <= 0:
+            raise ConfigError(f"{key}={values[key]} must be above 0")
+    if not config.run.run_name.strip() or Path(config.run.run_name).name != config.run.run_name:
+        raise ConfigError(f"run.run_name={config.run.run_name!r} must be a plain folder name")
+    if config.reward.type in config.evaluation.metrics:
+        raise ConfigError(
+            f"evaluation.metrics holds {config.reward.type}, the trained reward, which is always reported"
+        )
+    _check_batch(config.ppo)
+    model = config.model
+    if model.sigma_min is not None and model.sigma_max is not None and model.sigma_min >= model.sigma_max:
+        raise ConfigError(f"model.sigma_min={model.sigma_min} must be below model.sigma_max={model.sigma_max}")
+    if config.data.predictor_snapshot is None and (model.num_steps is None or model.num_points is None):
+        raise ConfigError(
+            "model.num_steps and model.num_points are needed to build the start table; "
+            "set both, or name a table in data.predictor_snapshot"
+        )
+
+
+def _check_batch(ppo: PPOConfig) -> None:
+    batch = ppo.rollout_batch_size
+    if batch % ppo.rloo_k:
+        below = batch - batch % ppo.rloo_k
+        nearest = f"{below} or {below + ppo.rloo_k}" if below else f"{ppo.rloo_k}"
+        raise ConfigError(f"ppo.rollout_batch_size={batch} is not a multiple of ppo.rloo_k={ppo.rloo_k}; use {nearest}")
+    if ppo.minibatch_size is not None and batch % ppo.minibatch_size:
+        raise ConfigError(
+            f"ppo.rollout_batch_size={batch} is not a multiple of ppo.minibatch_size={ppo.minibatch_size}; "
+            "minibatches must be of equal size (null takes the whole batch)"
+        )
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` unless the samples of a step can be shared out evenly over the processes."""
+    if config.ppo.rollout_batch_size % world_size:
+        raise ConfigError(
+            f"ppo.rollout_batch_size={config.ppo.rollout_batch_size} is not a multiple of the {world_size} processes; "
+            "change it or --nproc_per_node"
+        )
+
+
+def check_files(config: Config) -> None:
+    """Raise `ConfigError` for a named file that is not there. What they hold is checked where they are read."""
+    named = {
+        "data.predictor_snapshot": (
+            config.data.predictor_snapshot,
+            "make a start table with fake_train.py, or use null",
+        ),
+        "data.prompt_csv": (config.data.prompt_csv, "name a .txt file with one prompt per line, or a .csv file"),
+        "evaluation.prompt_file": (config.evaluation.prompt_file, "name another file, or use null"),
+    }
+    for key, (path, advice) in named.items():
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"{key}={path} does not exist; {advice}")
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration with every key, as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(first: Config, second: Config) -> list[str]:
+    """The dotted keys whose values differ, in the order of the file."""
+    other = flatten(second)
+    return [key for key, value in flatten(first).items() if value != other[key]]

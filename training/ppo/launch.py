@@ -1,0 +1,140 @@
+"""Train a solver table with PPO: `python -m training.ppo.launch`, or `torchrun ... -m` on several processes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from torch_utils.errors import user_errors
+from training.ppo.config import Config, ConfigError, check_files, check_world_size, load_config, to_yaml
+
+if TYPE_CHECKING:
+    from training.denoisers.base import Denoiser
+    from training.ppo.inputs import Inputs
+    from training.ppo.reward_base import Reward
+
+CONFIG_IN_RUN = Path("configs/resolved_config.yaml")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The frozen models of a run."""
+
+    net: Denoiser
+    reward: Reward
+    metrics: list[Reward]  # reported at evaluations, never trained on
+
+
+def launch(config: Config, resume: str, device: str) -> int:
+    """Check, load, train; returns the number of the signal that ended the run early, or 0.
+
+    `device` is auto, cpu or cuda; `resume` as in `open_run`. A `UserError` comes before anything is written.
+    """
+    from torch_utils import distributed
+    from training.ppo.inputs import load_inputs
+    from training.ppo.run_dir import on_main
+
+    distributed.init(device)
+    try:
+        check_world_size(config, distributed.world_size())
+        inputs = on_main(lambda: load_inputs(config))
+        return train(config, inputs, load_models(config), resume)
+    finally:
+        distributed.shutdown()
+
+
+def load_models(config: Config) -> Models:
+    """Backbone, reward and evaluation metrics on this process's device."""
+    from torch_utils import distributed
+    from training.denoisers import create_model
+    from training.ppo.reward_multi import create_reward
+
+    model, reward, device = config.model, config.reward, distributed.device()
+    net = create_model(
+        model.dataset_name,
+        model.guidance_type,
+        model.guidance_rate,
+        device=device,
+        model_path=model.model_path,
+        precision=model.precision,
+    )
+    trained = create_reward(
+        reward.type,
+        weights=reward.weights_path,
+        device=device,
+        batch_size=reward.batch_size,
+        amp=reward.enable_amp and device.type == "cuda",
+    )
+    metrics = [create_reward(name, device=device, batch_size=reward.batch_size) for name in config.evaluation.metrics]
+    return Models(net, trained, metrics)
+
+
+def train(config: Config, inputs: Inputs, models: Models, resume: str) -> int:
+    """Build the parts, open the run folder, and run the loop; returns as `launch`."""
+    from torch_utils import distributed
+    from training.ppo.evaluation import MeanTableEvaluator
+    from training.ppo.interrupt import StopRequest
+    from training.ppo.policy import create_policy
+    from training.ppo.ppo_trainer import PPOTrainer
+    from training.ppo.rl_runner import EPDRolloutRunner
+    from training.ppo.run_dir import open_run
+
+    policy = create_policy(config, inputs.start)
+    runner = EPDRolloutRunner(models.net, models.reward, inputs.prompts, inputs.start, config.ppo, config.run.seed)
+    evaluator = None
+    if config.evaluation.interval:
+        scorers = [models.reward, *models.metrics]
+        prompts, micro_batch = inputs.evaluation_prompts, config.ppo.rollout_micro_batch
+        evaluator = MeanTableEvaluator(models.net, scorers, prompts, inputs.start, config.evaluation, micro_batch)
+    with open_run(config, inputs.start, resume) as (directory, checkpoint), StopRequest() as stop:
+        trainer = PPOTrainer(config, policy, runner, evaluator, directory)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        distributed.print0(f"run folder {directory.path}, {trainer.step} of {config.ppo.steps} steps done")
+        return trainer.train(stop)
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.option(
+    "--config", "config_path", help="YAML file, e.g. training/ppo/cfgs/embedded.yaml", metavar="FILE", type=Path
+)
+@click.option(
+    "--override", "overrides", help="Change one key, e.g. ppo.steps=100; repeatable", metavar="KEY=VALUE", multiple=True
+)
+@click.option("--resume", help="auto, never, or a run folder to continue", metavar="auto|never|RUN_DIR", default="auto")
+@click.option("--device", help="Where the models run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("-n", "--dry-run", help="Check, print the resolved configuration, and stop", is_flag=True)
+@user_errors
+def main(config_path: Path | None, overrides: tuple[str, ...], resume: str, device: str, dry_run: bool) -> None:
+    """Train a solver table with PPO and keep everything in <run.output_root>/<timestamp>-<run.run_name>/.
+
+    \b
+    auto   continues the newest unfinished run of the same name and configuration, else begins a new one
+    never  begins a new run
+    DIR    continues this run; --config may be left out
+
+    Ctrl-C and SIGTERM finish the current step, save, and exit with 130 or 143. Example:
+
+    \b
+    torchrun --nproc_per_node=8 -m training.ppo.launch --config training/ppo/cfgs/sd15_parallel.yaml
+    """
+    if config_path is None:
+        if resume in ("auto", "never"):
+            raise ConfigError("--config FILE is missing; the presets are in training/ppo/cfgs/")
+        config_path = Path(resume) / CONFIG_IN_RUN
+    config = load_config(config_path, overrides)
+    check_files(config)
+    if dry_run:
+        click.echo(to_yaml(config), nl=False)
+        return
+    signum = launch(config, resume, device)
+    if signum:
+        sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What a run shows and writes down while it goes: metric lines, TensorBoard, progress, picture grids."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_utils.checkpoint import atomic_write_text
+from training.images import image_grid, save_png
+from training.ppo.config import LoggingConfig
+from training.ppo.run_dir import RunDirectory
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append `record` as one line of strict JSON. Raises `ValueError` for NaN and infinity."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines whose "step" is at most `step`: what a resumed run will write again goes, torn lines too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    atomic_write_text(path, "".join(kept))
+
+
+class Reporter:
+    """The log files and the progress display of one run; only rank 0 has one."""
+
+    def __init__(self, directory: RunDirectory, logging: LoggingConfig, steps: int, step: int):
+        """`step` is the last finished one: what the logs hold beyond it is dropped."""
+        self.directory = directory
+        self.log_interval = logging.log_interval
+        for path in (directory.metrics, directory.evaluations):
+            drop_lines_after(path, step)
+        self.board = None
+        if logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(directory.tensorboard, purge_step=step + 1)
+        self.progress = Progress(steps, step)
+
+    def log_step(self, metrics: dict[str, Any]) -> None:
+        """Write the line of a step; every `log_interval` steps also to TensorBoard and to the terminal."""
+        append_line(self.directory.metrics, metrics)
+        if metrics["step"] % self.log_interval == 0:
+            self._to_board("train", metrics)
+            self.progress.show(metrics)
+
+    def log_evaluation(self, record: dict[str, Any], images: torch.Tensor) -> None:
+        """Write an evaluation and, unless `images` `[M, 3, H, W]` is empty, the grid of its pictures."""
+        append_line(self.directory.evaluations, record)
+        self._to_board("evaluation", record)
+        if len(images):
+            grid = image_grid(images, columns=math.isqrt(len(images) - 1) + 1)
+            save_png(grid, self.directory.sample_grid(record["step"]))
+        means = ", ".join(f"{key.removesuffix('_mean')} {value:.4f}" for key, value in record.items() if "_mean" in key)
+        self.progress.message(f"step {record['step']}: mean table on {record['prompts']} held-out prompts: {means}")
+
+    def _to_board(self, group: str, record: dict[str, Any]) -> None:
+        if self.board is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self.board.add_scalar(f"{group}/{key}", value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close what is open."""
+        self.progress.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere; on stderr."""
+
+    def __init__(self, steps: int, done: int):
+        self.steps, self.done = steps, done
+        self.started = time.perf_counter()
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=steps, initial=done, unit="step", file=sys.stderr)
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Show a step's reward, KL and speed, and the time left at the mean speed so far."""
+        step = metrics["step"]
+        text = (
+            f"reward {metrics['reward_mean']:.4f}, kl {metrics['kl']:.3f}, {metrics['images_per_second']:.1f} images/s"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        left = (time.perf_counter() - self.started) / (step - self.done) * (self.steps - step)
+        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+        print(f"step {step}/{self.steps}: {text}, {clock} left", file=sys.stderr, flush=True)
+
+    def message(self, text: str) -> None:
+        """Print a line without disturbing the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

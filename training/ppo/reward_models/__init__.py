@@ -1,0 +1,1 @@
+"""One file per reward model besides HPSv2."""

@@ -1,0 +1,229 @@
+"""The folder of one run: its layout, how it is made, found again, locked and read."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch_utils import distributed
+from torch_utils.checkpoint import CheckpointError, atomic_write_text, load_checkpoint
+from torch_utils.errors import UserError
+from training.ppo.config import Config, differences, load_config, to_yaml
+from training.ppo.policy import EPDParamPolicy
+from training.table import SolverTable, load_table, save_table
+
+T = TypeVar("T")
+
+# What may change when a run is resumed by name: how long it runs, how often it reports, where and how fast.
+FREE_KEYS = re.compile(
+    r"ppo\.steps|logging\..*|run\.output_root|model\.model_path|reward\.(weights_path|batch_size)|ppo\.rollout_micro_batch"
+    # The start table is compared by content.
+    r"|data\.predictor_snapshot|model\.num_(steps|points)"
+)
+CHECKPOINT_NAME = re.compile(r"policy-step(\d{6,})\.pt")
+
+
+class RunError(UserError):
+    """A run folder that is missing, incomplete, in use, or of another configuration."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths below `exps/<timestamp>-<run_name>/`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "configs" / "resolved_config.yaml"
+
+    @property
+    def start_table(self) -> Path:
+        """A bit-exact copy of the table that the run started from: the policy is defined around it."""
+        return self.path / "configs" / "start_table.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "logs" / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "logs" / "evaluation.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "logs" / "tensorboard"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.path / "checkpoints" / "policy-best.pt"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"policy-step{step:06d}.pt"
+
+    def sample_grid(self, step: int) -> Path:
+        return self.path / "samples" / f"step{step:06d}.png"
+
+    def latest_checkpoint(self) -> Path | None:
+        """The checkpoint of the highest step, by name; None where there is none."""
+        matches = (CHECKPOINT_NAME.fullmatch(file.name) for file in (self.path / "checkpoints").glob("policy-step*.pt"))
+        steps = [int(match[1]) for match in matches if match]
+        return self.checkpoint(max(steps)) if steps else None
+
+    def write(self, config: Config, start: SolverTable) -> None:
+        """Write the resolved configuration and the start table, making the folders."""
+        save_table(start, self.start_table)
+        resolved = copy.deepcopy(config)
+        resolved.data.predictor_snapshot = config.data.predictor_snapshot or str(self.start_table)
+        resolved.model.num_steps, resolved.model.num_points = start.num_steps, start.num_points
+        atomic_write_text(self.config, to_yaml(resolved))
+
+    def read(self) -> tuple[Config, SolverTable]:
+        """The configuration and the start table of an existing run. Raises `RunError` where either is missing."""
+        for file in (self.config, self.start_table):
+            if not file.is_file():
+                raise RunError(f"{self.path} is not a run folder: it has no {file.relative_to(self.path)}")
+        return load_config(self.config), load_table(self.start_table)
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and give its result to all ranks; its `UserError` ends them all, told once."""
+    outcome: T | UserError | None = None
+    if distributed.is_main():
+        try:
+            outcome = function()
+        except UserError as error:
+            outcome = error
+    outcome = distributed.broadcast_object(outcome)
+    if isinstance(outcome, UserError):
+        if distributed.is_main():
+            raise outcome
+        sys.exit(2)
+    return outcome
+
+
+@contextlib.contextmanager
+def open_run(config: Config, start: SolverTable, resume: str) -> Iterator[tuple[RunDirectory, Path | None]]:
+    """Make a run folder, or find the one to continue, and keep other processes out of it while the block runs.
+
+    Gives, on every rank, the folder and the checkpoint to go on from (None: start at the beginning). `resume` is
+    "never", "auto", or a run folder. "auto" continues the newest folder of the same name whose configuration and start
+    table are equal, which has a checkpoint, is not finished, and which no other process is using. Raises `RunError`.
+    """
+    with contextlib.ExitStack() as locks:
+
+        def choose() -> tuple[RunDirectory, Path | None]:
+            if resume not in ("never", "auto"):
+                return _continue_named(config, start, RunDirectory(Path(resume)), locks)
+            found = _find_unfinished(config, start, locks) if resume == "auto" else None
+            return found or (_create(config, start, locks), None)
+
+        yield on_main(choose)
+
+
+def _continue_named(
+    config: Config, start: SolverTable, directory: RunDirectory, locks: contextlib.ExitStack
+) -> tuple[RunDirectory, Path]:
+    differing = _changed_keys(directory, config, start)
+    changed = [key for key in differing if not FREE_KEYS.fullmatch(key)]
+    if changed:
+        raise RunError(
+            f"{directory.path} was run with other values of {', '.join(changed)}; use the same, or --resume never"
+        )
+    checkpoint = directory.latest_checkpoint()
+    if checkpoint is None:
+        raise RunError(f"{directory.path} has no checkpoint to resume from; use --resume never")
+    if not _acquire_lock(directory, locks):
+        raise RunError(f"{directory.path} is in use by another process; wait for it, or use --resume never")
+    if differing:
+        directory.write(config, start)
+    return directory, checkpoint
+
+
+def _create(config: Config, start: SolverTable, locks: contextlib.ExitStack) -> RunDirectory:
+    root = Path(config.run.output_root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            directory = RunDirectory(root / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.run.run_name}")
+            try:
+                directory.path.mkdir()
+                break
+            except FileExistsError:
+                time.sleep(0.2)  # another run began in this second; the next one has a name of its own
+    except OSError as error:
+        raise RunError(f"cannot make a run folder in {root} (run.output_root): {error.strerror}") from error
+    _acquire_lock(directory, locks)
+    directory.write(config, start)
+    return directory
+
+
+def _find_unfinished(
+    config: Config, start: SolverTable, locks: contextlib.ExitStack
+) -> tuple[RunDirectory, Path] | None:
+    name = re.compile(r"\d{8}-\d{6}-" + re.escape(config.run.run_name))
+    root = Path(config.run.output_root)
+    for path in sorted(root.glob("*") if root.is_dir() else (), reverse=True):
+        directory = RunDirectory(path)
+        checkpoint = directory.latest_checkpoint()
+        if not name.fullmatch(path.name) or checkpoint in (None, directory.checkpoint(config.ppo.steps)):
+            continue
+        try:
+            different = set(_changed_keys(directory, config, start)) - {"data.predictor_snapshot"}
+        except UserError:
+            continue  # a folder of another version, or incomplete: not a run that can be continued
+        if not different and _acquire_lock(directory, locks):
+            return directory, checkpoint
+    return None
+
+
+def _changed_keys(directory: RunDirectory, config: Config, start: SolverTable) -> list[str]:
+    """Keys that differ from those of the run, compared as `RunDirectory.write` resolves them."""
+    stored, stored_start = directory.read()
+    resolved = copy.deepcopy(config)
+    resolved.model.num_steps, resolved.model.num_points = start.num_steps, start.num_points
+    changed = differences(stored, resolved)
+    if start.sha256() != stored_start.sha256():
+        changed.append("the start table")
+    return changed
+
+
+def _acquire_lock(directory: RunDirectory, locks: contextlib.ExitStack) -> bool:
+    """Whether the folder is now ours until `locks` closes. The system frees it too when the process dies."""
+    file = open(directory.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - stays open with the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return False
+    locks.enter_context(file)
+    return True
+
+
+def restore_policy(policy: EPDParamPolicy, path: Path) -> dict[str, Any]:
+    """Load a checkpoint's weights into `policy` and return the whole checkpoint (`step`, `optimizer`, `best`, ...).
+
+    Raises `CheckpointError` for a missing or damaged file, or a policy of another shape or around another table.
+    """
+    state = load_checkpoint(path)
+    if not {"step", "policy", "optimizer", "best", "start_table_sha256"} <= state.keys():
+        raise CheckpointError(f"{path} is not a policy checkpoint")
+    if state["start_table_sha256"] != policy.start.sha256():
+        raise CheckpointError(f"{path} was trained from another start table than the one in this run folder")
+    try:
+        policy.load_state_dict(state["policy"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} holds another kind of policy than the run's configuration describes") from error
+    return state

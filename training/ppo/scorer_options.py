@@ -1,0 +1,29 @@
+"""The command line options that all `score_*` commands share; imports click only, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import click
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FILE = click.Path(path_type=Path)
+OPTIONS = (
+    click.option("--images", metavar="DIR", type=FILE, required=True, help="folder of images to score"),
+    click.option("--pattern", metavar="GLOB", default="**/*.png", show_default=True, help="which files below it"),
+    click.option("--prompts", metavar="FILE", type=FILE, help="prompts, for folders without a manifest.jsonl"),
+    click.option("--output-json", metavar="FILE", type=FILE, help="write the summary and the score of each image here"),
+    click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="images per forward"),
+    click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+)
+
+
+def scorer_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Give a click command the parameters `images pattern prompts output_json batch_size device`."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command

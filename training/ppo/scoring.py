@@ -1,0 +1,286 @@
+"""The core of every `score_*` command: images and prompts joined, scored in batches, summarised, written as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from torch_utils import distributed
+from torch_utils.checkpoint import atomic_write_text
+from torch_utils.errors import UserError
+from training.images import ImageError, load_image
+from training.ppo.intervals import summarize
+from training.ppo.reward_base import Reward
+from training.prompts import load_prompts, prompts_for_seeds
+
+MANIFEST = "manifest.jsonl"
+# What the manifest says about the sampling of a folder; a score file repeats it, so that tables can be made from it.
+SAMPLING_FIELDS = ("solver", "num_steps", "table_sha256", "nfe", "parallel_nfe", "forwards", "guidance_rate")
+LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pillow")
+
+
+class ScoringError(UserError):
+    """Images, prompts, manifests or score files that cannot be used as they are."""
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """One image to score."""
+
+    path: Path
+    file: str  # relative to the images folder, with forward slashes
+    seed: int  # from the manifest; without one, the position in the folder
+    prompt: str
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one folder, ordered by seed, and what the manifest says of how they were made (else empty)."""
+
+    folder: Path
+    entries: list[ImageEntry]
+    sampling: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """The options that all `score_*` commands share."""
+
+    images: Path
+    pattern: str
+    prompts: Path | None
+    output_json: Path | None
+    batch_size: int
+    device: str
+
+
+def collect_images(folder: Path, pattern: str = "**/*.png", prompts_file: Path | None = None) -> ImageSet:
+    """Find the images of `folder` that match `pattern` and pair each with its prompt.
+
+    With `folder/manifest.jsonl`, seeds and prompts come from there; a `prompts_file` is then a check: line s must be
+    the prompt of seed s. Files that the manifest does not list (a grid of samples, say) are left out with a note.
+    Without a manifest, `prompts_file` is needed: its lines pair with the images by position in natural order (2.png
+    before 10.png), and the counts must agree. Raises `ScoringError` or `PromptError`.
+    """
+    if not folder.is_dir():
+        raise ScoringError(f"{folder} is no folder: --images takes the folder that holds the images")
+    try:
+        files = {path.relative_to(folder).as_posix(): path for path in folder.glob(pattern) if path.is_file()}
+    except (NotImplementedError, ValueError) as error:
+        raise ScoringError(f"--pattern {pattern!r} cannot be used: {error}") from error
+    if not files:
+        raise ScoringError(f"no image in {folder} matches --pattern {pattern!r}")
+    prompts = load_prompts(prompts_file) if prompts_file is not None else None
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        return _join_manifest(folder, files, _read_manifest(manifest), prompts)
+    if prompts is None:
+        raise ScoringError(f"{folder} has no {MANIFEST}: say with --prompts which prompt belongs to which image")
+    if len(prompts) != len(files):
+        raise ScoringError(
+            f"{len(files)} images in {folder} match {pattern!r} but {prompts_file} has {len(prompts)} prompts; without "
+            f"a {MANIFEST} they pair by position, so the counts must agree"
+        )
+    names = sorted(files, key=_natural_order)
+    pairs = zip(names, prompts, strict=True)
+    entries = [ImageEntry(files[name], name, index, prompt) for index, (name, prompt) in enumerate(pairs)]
+    print(f"no {MANIFEST} in {folder}: prompts pair with the images by position, {names[0]} first", file=sys.stderr)
+    return ImageSet(folder, entries, {})
+
+
+def _natural_order(name: str) -> tuple[list[int | str], str]:
+    parts = re.split(r"([0-9]+)", name)  # text, digits, text, ...
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+
+
+def _read_manifest(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    # Bytes, because text would also be split at the rarer line ends that a prompt may contain.
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["file"], str) or not isinstance(row["prompt"], str) or type(row["seed"]) is not int:
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as error:
+            text = line[:80].decode(errors="replace")
+            raise ScoringError(f"{path} line {number} lacks file, seed or prompt: {text}") from error
+        rows.append(row)
+    for key in ("file", "seed"):
+        repeated = [value for value, count in Counter(row[key] for row in rows).items() if count > 1]
+        if repeated:
+            raise ScoringError(f"{path} lists {key} {_listing(repeated)} more than once")
+    return rows
+
+
+def _join_manifest(
+    folder: Path, files: dict[str, Path], rows: list[dict[str, Any]], prompts: list[str] | None
+) -> ImageSet:
+    lost = [row for row in rows if not (folder / row["file"]).is_file()]
+    if lost:
+        seeds = _listing([row["seed"] for row in lost])
+        raise ScoringError(f"{len(lost)} of the {len(rows)} images in {folder / MANIFEST} are missing: seeds {seeds}")
+    rows = sorted((row for row in rows if row["file"] in files), key=lambda row: row["seed"])
+    others = sorted(files.keys() - {row["file"] for row in rows})
+    if not rows:
+        raise ScoringError(f"none of the {len(files)} images matched in {folder} is listed in its {MANIFEST}")
+    if others:
+        print(f"not in {folder / MANIFEST}, so not scored: {_listing(others)}", file=sys.stderr)
+    if prompts is not None:
+        for row, prompt in zip(rows, prompts_for_seeds(prompts, [row["seed"] for row in rows]), strict=True):
+            if row["prompt"] != prompt:
+                raise ScoringError(
+                    f"seed {row['seed']} was sampled with the prompt {row['prompt'][:60]!r}, but --prompts says "
+                    f"{prompt[:60]!r}: leave --prompts out to score with the prompts in {folder / MANIFEST}"
+                )
+    sampling = {}
+    for field in SAMPLING_FIELDS:
+        values = list(dict.fromkeys(row.get(field) for row in rows))
+        if len(values) > 1:
+            raise ScoringError(f"{folder / MANIFEST} mixes images of {field} {_listing(values)}: score them apart")
+        sampling[field] = values[0]
+    entries = [ImageEntry(files[row["file"]], row["file"], row["seed"], row["prompt"]) for row in rows]
+    return ImageSet(folder, entries, sampling)
+
+
+def _listing(values: Sequence[object]) -> str:
+    more = f" and {len(values) - 10} more" if len(values) > 10 else ""
+    return ", ".join(str(value) for value in values[:10]) + more
+
+
+def score_images(
+    reward: Reward, entries: Sequence[ImageEntry], batch_size: int, device: torch.device
+) -> list[float | None]:
+    """Score every entry, with a progress bar on stderr; None where the file is unreadable, which stderr names.
+
+    Raises `ScoringError` naming the first image whose score is not finite.
+    """
+    from tqdm import tqdm
+
+    scores: list[float | None] = [None] * len(entries)
+    progress = tqdm(total=len(entries), desc=reward.name, unit="img", file=sys.stderr)
+    for start in range(0, len(entries), batch_size):
+        # Images of one size make a batch; a folder of mixed sizes is scored in more and smaller ones.
+        batches: dict[torch.Size, list[tuple[int, torch.Tensor]]] = {}
+        for index in range(start, min(start + batch_size, len(entries))):
+            try:
+                image = load_image(entries[index].path)
+            except ImageError as error:
+                progress.write(f"not scored: {error}", file=sys.stderr)
+                continue
+            batches.setdefault(image.shape, []).append((index, image))
+        for batch in batches.values():
+            images = torch.stack([image for _, image in batch]).to(device)
+            values = reward.score(images, [entries[index].prompt for index, _ in batch]).tolist()
+            for (index, _), value in zip(batch, values, strict=True):
+                if not math.isfinite(value):
+                    raise ScoringError(f"{reward.name} gives {value} for {entries[index].path}")
+                scores[index] = value
+        progress.update(min(batch_size, len(entries) - start))
+    progress.close()
+    return scores
+
+
+def check_output(path: Path, metric: str, images: Path) -> None:
+    """Make the folder of `path`; raise `ScoringError` unless `path` is free or holds this metric of this folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ScoringError(f"the folder of {path} cannot be made: {error.strerror}") from error
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        replaceable = old["metric"] == metric and old["images_dir"] == images.as_posix()
+    except (OSError, ValueError, KeyError, TypeError):
+        replaceable = False
+    if not replaceable:
+        raise ScoringError(f"{path} exists and holds no {metric} scores of {images}: name another file, or delete it")
+
+
+def score_folder(request: ScoreRequest, metric: str, load_reward: Callable[[torch.device], Reward]) -> dict[str, Any]:
+    """What a `score_*` command does: check, load the reward, score, print the summary, write the JSON; returns it.
+
+    Everything that can be checked without the model is checked before `load_reward(device)` is called. Unreadable
+    images do not stop the others: the JSON lists them under `unreadable`, and at the end a `ScoringError` names them.
+    """
+    images = collect_images(request.images, request.pattern, request.prompts)
+    if request.output_json is not None:
+        check_output(request.output_json, metric, images.folder)
+    distributed.init(request.device)
+    try:
+        device = distributed.device()
+        reward = load_reward(device)
+        values = score_images(reward, images.entries, request.batch_size, device)
+    finally:
+        distributed.shutdown()
+    record = make_record(reward, images, values)
+    click.echo(format_summary(record))
+    if request.output_json is not None:
+        atomic_write_text(request.output_json, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if record["unreadable"]:
+        files = _listing(record["unreadable"])
+        raise ScoringError(f"{len(record['unreadable'])} of {len(values)} images cannot be read: {files}")
+    return record
+
+
+def make_record(reward: Reward, images: ImageSet, values: Sequence[float | None]) -> dict[str, Any]:
+    """The content of a score file. Raises `ScoringError` when no image at all has a score."""
+    pairs = list(zip(images.entries, values, strict=True))
+    scored = [(entry, value) for entry, value in pairs if value is not None]
+    if not scored:
+        raise ScoringError(f"none of the {len(pairs)} images in {images.folder} can be read")
+    return {
+        "metric": reward.name,
+        "version": reward.version,
+        "images_dir": images.folder.as_posix(),
+        **images.sampling,
+        **summarize([value for _, value in scored]),
+        "weights_sha256": reward.weights_sha256,
+        "preprocessing": reward.preprocessing,
+        "dtype": reward.dtype,
+        "libraries": library_versions(),
+        "truncated_prompts": reward.count_truncated([entry.prompt for entry, _ in scored]),
+        "unreadable": [entry.file for entry, value in pairs if value is None],
+        "scores": [
+            {"file": entry.file, "seed": entry.seed, "prompt": entry.prompt, "score": value} for entry, value in scored
+        ],
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """The installed versions of the libraries that a score can depend on."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def format_summary(record: dict[str, Any]) -> str:
+    """The lines that a scorer prints on stdout."""
+    lines = [
+        f"{record['metric']} ({record['version']}, {record['dtype']}) of {record['images_dir']}",
+        f"  count  {record['count']}",
+        f"  mean   {record['mean']:.6f}",
+    ]
+    if record["ci95"] is not None:
+        lines.append(f"  95 %   {record['ci95'][0]:.6f} to {record['ci95'][1]:.6f}")
+        lines.append(f"  std    {record['std']:.6f}")
+    lines.append(f"  min    {record['min']:.6f}")
+    lines.append(f"  max    {record['max']:.6f}")
+    if record["truncated_prompts"]:
+        lines.append(f"  {record['truncated_prompts']} prompts were longer than the text encoder reads")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Commands that score folders of images and compare the scores."""

@@ -1,0 +1,39 @@
+"""Score a folder of images with HPSv2.1 (Human Preference Score), the reward of PPO on Stable Diffusion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from torch_utils.errors import user_errors
+from training.ppo.scorer_options import FILE, scorer_options
+
+
+@click.command(help=__doc__)
+@scorer_options
+@click.option("--weights", metavar="FILE", type=FILE, help="HPS_v2.1_compressed.pt  [default: fetched on first use]")
+@click.option("--architecture", default="ViT-H-14", show_default=True, help="open_clip model that the weights are for")
+@click.option("--amp", is_flag=True, help="half precision on a GPU, as the published scores were computed")
+@user_errors
+def main(
+    images: Path,
+    pattern: str,
+    prompts: Path | None,
+    output_json: Path | None,
+    batch_size: int,
+    device: str,
+    weights: Path | None,
+    architecture: str,
+    amp: bool,
+) -> None:
+    from training.ppo.reward_hps import METRIC, RewardHPS
+    from training.ppo.scoring import ScoreRequest, score_folder
+
+    request = ScoreRequest(images, pattern, prompts, output_json, batch_size, device)
+    options = {"batch_size": batch_size, "amp": amp, "architecture": architecture}
+    score_folder(request, METRIC, lambda device: RewardHPS(weights, device=device, **options))
+
+
+if __name__ == "__main__":
+    main()
