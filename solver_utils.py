@@ -52,7 +52,7 @@ class SolverError(UserError):
 
 def default_rho(schedule_type: str) -> float:
     """The exponent that the command lines use when none is given: 7 for `polynomial`, 1 for every other type."""
-    _check_schedule_type(schedule_type)
+    check_schedule_type(schedule_type)
     return 7.0 if schedule_type == "polynomial" else 1.0
 
 
@@ -79,7 +79,7 @@ def get_schedule(
     `net` is needed by `discrete` only; its `sigma` and `sigma_inv` get float64 tensors on `device`.
     Raises SolverError for an unknown type, fewer than two nodes, a sigma range or rho that does not fit.
     """
-    _check_schedule_type(schedule_type)
+    check_schedule_type(schedule_type)
     sigma_min, sigma_max, rho = float(sigma_min), float(sigma_max), float(schedule_rho)
     if num_steps < 2:
         raise SolverError(f"num_steps must be at least 2 (nodes, so one interval), got {num_steps}")
@@ -107,7 +107,8 @@ def get_schedule(
     return sigmas.to(device)
 
 
-def _check_schedule_type(schedule_type: str) -> None:
+def check_schedule_type(schedule_type: str) -> None:
+    """Raise SolverError unless `schedule_type` is one of SCHEDULE_TYPES."""
     if schedule_type not in SCHEDULE_TYPES:
         raise SolverError(f"unknown schedule type '{schedule_type}'; use one of {', '.join(SCHEDULE_TYPES)}")
 

@@ -1,4 +1,4 @@
-"""Process groups: two real Gloo processes under torchrun, and plain processes that must stay alone."""
+"""Process groups: two real processes under torchrun (Gloo, and NCCL where there are two GPUs), and plain ones alone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ import json, sys, torch
 import torch.distributed as dist
 from torch_utils import distributed as d
 
-d.init("cpu")
-d.init("cpu")
+d.init(sys.argv[2])
+d.init(sys.argv[2])
 r = d.rank()
 seen = {"rank": r, "world": d.world_size(), "main": d.is_main()}
 seen["device"], seen["backend"] = str(d.device()), dist.get_backend()
@@ -80,11 +80,14 @@ def torchrun(program: Path, ranks: int, *arguments: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=NEEDS_TWO_GPUS)])
+def two_ranks(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "program.py").write_text(PROGRAM)
-    result = torchrun(folder / "program.py", 2, str(folder))
+    result = torchrun(folder / "program.py", 2, str(folder), request.param)
     assert result.returncode == 0, result.stderr
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(2)], result
 
@@ -92,7 +95,8 @@ def two_ranks(tmp_path_factory):
 def test_every_rank_knows_its_place(two_ranks):
     seen, _ = two_ranks
     assert [(s["rank"], s["world"], s["main"]) for s in seen] == [(0, 2, True), (1, 2, False)]
-    assert all(s["device"] == "cpu" and s["backend"] == "gloo" for s in seen)
+    placed = [(s["device"], s["backend"]) for s in seen]
+    assert placed in ([("cpu", "gloo")] * 2, [("cuda:0", "nccl"), ("cuda:1", "nccl")])
     assert all(s["after"] == [False, 0, 1] for s in seen)
 
 

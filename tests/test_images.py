@@ -46,6 +46,14 @@ def test_quantize_takes_the_nearest_level_and_is_idempotent():
     assert torch.isin(q, grid).all()
 
 
+def test_exact_halves_go_up_never_to_the_even_level():
+    middles = (np.arange(255, dtype=np.float32) + np.float32(0.5)) / np.float32(255)
+    halves = np.flatnonzero(middles * np.float32(255) % 1 == 0.5)
+    assert (halves % 2 == 0).sum() > 50  # where rounding to even would go down
+    images = torch.from_numpy(middles[halves]).expand(1, 3, 1, -1)
+    assert to_uint8(images)[0, 0, :, 0].tolist() == (halves + 1).tolist()
+
+
 def test_all_256_levels_are_fixed_points():
     for k in range(256):
         level = torch.tensor(k, dtype=torch.float32) / 255

@@ -349,3 +349,47 @@ def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
     trainer = PPOTrainer(Config(), other, FixedRunner(None), None, directory)
     with pytest.raises(CheckpointError, match="another start table"):
         trainer.resume(directory.checkpoint(2))
+
+
+# --- The command, on the embedded model -----------------------------------------------------------------------------
+
+SMALL = [
+    "ppo.rollout_batch_size=4",
+    "ppo.rloo_k=2",
+    "model.num_steps=3",
+    "evaluation.num_prompts=2",
+    "evaluation.interval=50",
+]
+
+
+def start_command(root, *arguments, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "training.ppo.launch", "--config", "training/ppo/cfgs/embedded.yaml"]
+    for override in (*SMALL, f"run.output_root={root}/exps"):
+        command += ["--override", override]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": "29555"}
+    return subprocess.Popen(
+        [*command, "--device", "cpu", *arguments], cwd=REPOSITORY, env=environment, text=True, stderr=subprocess.PIPE
+    )
+
+
+def test_command_stops_on_sigterm_and_goes_on(tmp_path):
+    running = start_command(tmp_path, "--override", "ppo.steps=1000")
+    while "step 2/1000" not in (line := running.stderr.readline()):
+        assert line, "the run ended before its second step"
+    running.send_signal(signal.SIGTERM)
+    _, messages = running.communicate(timeout=60)
+    assert running.returncode == 143, messages
+    assert "SIGTERM: finishing this step and saving" in messages and "Traceback" not in messages
+    directory = only_run(tmp_path)
+    done = final_state(directory)["step"]
+    assert [record["step"] for record in lines(directory.metrics)] == list(range(1, done + 1))
+
+    steps = f"ppo.steps={done + 1}"
+    again = start_command(tmp_path, "--override", steps, "--resume", str(directory.path), ranks=2)
+    _, messages = again.communicate(timeout=120)
+    assert again.returncode == 0, messages
+    assert final_state(directory)["step"] == done + 1
+    last = lines(directory.metrics)[-1]
+    assert last["step"] == done + 1 and "eval_emoji_heldout_mean" in last
+    assert list(directory.tensorboard.iterdir())

@@ -69,22 +69,31 @@ class StableDiffusion(Denoiser):
         float32, and so does the ODE's state."""
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils import logging as transformers_logging
 
         dtype = PRECISIONS[precision]
-        local = {"local_files_only": True}
 
-        def load(kind: type, part: str, dtype: torch.dtype) -> torch.nn.Module:
-            model = kind.from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True, **local)
+        def frozen(model: torch.nn.Module) -> torch.nn.Module:
             return model.to(device).eval().requires_grad_(False)
 
+        def diffusers_part(kind: type, part: str, dtype: torch.dtype) -> torch.nn.Module:
+            # low_cpu_mem_usage would need the accelerate package.
+            model = kind.from_pretrained(
+                folder / part, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
+            )  # fmt: skip
+            return frozen(model).to(memory_format=torch.channels_last)
+
+        transformers_logging.disable_progress_bar()
         self.dataset_name = dataset_name
         self.device = device
         self.dtype = dtype
         self.guidance_rate = guidance_rate
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
-        self.text_encoder = load(CLIPTextModel, "text_encoder", dtype)
-        self.unet = load(UNet2DConditionModel, "unet", dtype).to(memory_format=torch.channels_last)
-        self.vae = load(AutoencoderKL, "vae", torch.float32).to(memory_format=torch.channels_last)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        self.text_encoder = frozen(
+            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True)
+        )  # fmt: skip
+        self.unet = diffusers_part(UNet2DConditionModel, "unet", dtype)
+        self.vae = diffusers_part(AutoencoderKL, "vae", torch.float32)
         scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
         self.table = NoiseTable(scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"])
         self.table.to(device)

@@ -79,6 +79,7 @@ class PPOConfig:
     ppo_epochs: int = 4
     minibatch_size: int | None = None  # samples per optimizer step; null: the whole batch
     learning_rate: float = 0.05
+    learning_rate_schedule: str = "linear"  # linear: falls to zero at the last step; constant
     clip_range: float = 0.2
     kl_coef: float = 0.0  # weight of KL(policy || start policy)
     entropy_coef: float = 0.0
@@ -124,6 +125,7 @@ CHOICES = {
     "model.precision": ("float32", "float16", "bfloat16"),
     "policy.parameterization": ("direct", "mlp"),
     "ppo.baseline": ("prompt", "legacy_mixed"),
+    "ppo.learning_rate_schedule": ("linear", "constant"),
 }
 # Inclusive lower limits; a null value is not checked.
 AT_LEAST = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch_utils.distributed import print0
 from torch_utils.download_util import check_file_by_key
+from training.denoisers import check_model
 from training.ppo.cold_start import cold_start_table
 from training.ppo.config import Config, ConfigError, ModelConfig
 from training.ppo.reward_multi import check_reward_weights
@@ -24,7 +25,9 @@ class Inputs:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Read the start table and the prompts, and find the reward weights. Raises `UserError` subclasses of one line."""
+    """Read the start table and the prompts, find the weights. Raises `UserError` subclasses, one line each."""
+    model = config.model
+    check_model(model.dataset_name, model.guidance_type, model.guidance_rate, model.model_path, model.precision)
     start = start_table(config)
     prompts, evaluation_prompts = split_prompts(config)
     check_reward_weights(config.reward.type, config.reward.weights_path)

@@ -98,6 +98,8 @@ class PPOTrainer:
         if ppo.baseline == "legacy_mixed":
             groups = legacy_mixed_groups(len(groups), ppo.rloo_k)
         gains = advantages(rollout.rewards, groups, ppo.normalize_advantages)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self._learning_rate()
         losses, norms = [], []
         for epoch in range(ppo.ppo_epochs):
             for index in self._minibatches(len(gains), epoch):
@@ -113,9 +115,16 @@ class PPOTrainer:
                 "ratio_mean": ratios.ratio_mean,
                 "ratio_max": ratios.ratio_max,
                 "entropy": self.policy.entropy().item(),
+                "learning_rate": self._learning_rate(),
                 "loss": sum(losses) / len(losses),
                 "grad_norm": sum(norms) / len(norms),
             }
+
+    def _learning_rate(self) -> float:
+        """Of the present step. A linear fall lets the mean table settle: the last steps average out their noise."""
+        ppo = self.config.ppo
+        left = 1 - (self.step - 1) / ppo.steps
+        return ppo.learning_rate * (left if ppo.learning_rate_schedule == "linear" else 1.0)
 
     def _minibatches(self, count: int, epoch: int) -> list[Tensor]:
         size = self.config.ppo.minibatch_size or count

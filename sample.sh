@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Sample with the learned table and with handcrafted solvers, score all of them, print one comparison.
+#
+#   bash sample.sh [embedded]   the embedded emoji model, some minutes on 2 CPU cores
+#   bash sample.sh sd15         Stable Diffusion v1.5 on one GPU
+#   bash sample.sh sd15-multi   Stable Diffusion v1.5 on all GPUs of this machine
+#
+# SEEDS="0-63" bash sample.sh takes fewer images. Finished images are kept: give the same command again to continue.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source setup_env.sh
+
+preset="${1:-embedded}"
+launcher=()
+case "$preset" in
+    embedded)
+        config=embedded dataset=emoji prompts=src/prompts/emoji_test.txt seeds="${SEEDS:-0-255}"
+        start=exps/00000-emoji-6-10-epd-start
+        schedule=(--schedule-type discrete --schedule-rho 1)
+        metrics=("score_emoji --metric reward" "score_emoji --metric heldout")
+        # name, sampler, nodes: parallel NFE 10 for all, and a long run to compare with
+        baselines=("ddim-10 ddim 11" "dpm2-10 dpm2 6" "heun-10 heun 6" "ipndm-10 ipndm 11 --max-order 2" "ddim-50 ddim 51")
+        ;;
+    sd15 | sd15-multi)
+        config=sd15_single dataset=ms_coco prompts=src/prompts/test.txt seeds="${SEEDS:-0-999}"
+        [ "$preset" = sd15-multi ] && config=sd15_parallel launcher=(-m torch.distributed.run --standalone "--nproc_per_node=${GPUS:-gpu}")
+        start=exps/99999-ms_coco-11-20-epd-dpm-1-discrete
+        schedule=(--schedule-type time_uniform --schedule-rho 1)
+        metrics=("score_hps --weights weights/HPS_v2.1_compressed.pt")
+        baselines=("ddim-20 ddim 21" "dpm2-20 dpm2 11" "edm-19 edm 10" "ipndm-20 ipndm 21" "ddim-50 ddim 51")
+        ;;
+    *)
+        echo "Error: unknown preset '$preset'; use embedded, sd15 or sd15-multi" >&2
+        exit 2
+        ;;
+esac
+
+run_dir=$(ls -d exps/[0-9]*-"$config" 2>/dev/null | tail -n 1)
+learned=$(ls "$run_dir"/export/*.safetensors 2>/dev/null | tail -n 1)
+if [ -z "$learned" ]; then
+    echo "Error: no learned table in exps/*-$config/export; run: bash train.sh $preset" >&2
+    exit 2
+fi
+ensure_python
+samples="samples/$preset/$(basename "$run_dir")" results="results/$preset/$(basename "$run_dir")"
+common=(--prompt-file "$prompts" --seeds "$seeds" --batch 16 --grid)
+
+run "$PYTHON" "${launcher[@]}" sample.py --predictor_path "$learned" "${common[@]}" --outdir "$samples/learned"
+run "$PYTHON" "${launcher[@]}" sample.py --predictor_path "$(ls $start/network-snapshot-*.pkl)" "${common[@]}" --outdir "$samples/start"
+names=(learned start)
+for baseline in "${baselines[@]}"; do
+    read -r name sampler nodes options <<<"$baseline"
+    run "$PYTHON" "${launcher[@]}" sample_baseline.py --sampler "$sampler" --dataset-name "$dataset" --num-steps "$nodes" \
+        "${schedule[@]}" $options "${common[@]}" --outdir "$samples/$name"
+    names+=("$name")
+done
+
+scores=()
+for name in "${names[@]}"; do
+    for metric in "${metrics[@]}"; do
+        read -r script options <<<"$metric"
+        json="$results/$name-${options##* }.json"
+        run "$PYTHON" -m training.ppo.scripts.$script $options --images "$samples/$name" --output-json "$json" >/dev/null
+        scores+=("$json")
+    done
+done
+run "$PYTHON" -m training.ppo.scripts.compare "${scores[@]}" --reference learned \
+    --output-json "$results/comparison.json" --output-md "$results/comparison.md"

@@ -1,0 +1,211 @@
+"""From prompts and seeds to images: the one generation core of rollouts, `sample.py` and `sample_baseline.py`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from solver_utils import NFE, check_options, check_schedule_type, count_nfe, get_schedule
+from solvers import SOLVERS
+from torch_utils import distributed
+from torch_utils.seeds import noise
+from training.denoisers import Denoiser, TextCond, check_model, create_model
+from training.images import image_grid, quantize, save_png
+from training.manifest import Manifest, image_name
+from training.table import SolverTable
+
+Sampler = Callable[[Denoiser, Tensor, Tensor, TextCond], Tensor]
+GRID_IMAGES = 64
+
+
+def table_schedule(table: SolverTable, net: Denoiser) -> Tensor:
+    """Nodes of `table`'s schedule on `net`: float64 `[num_steps]`; a sigma range that the table leaves open is the model's."""
+    sigma_min = net.sigma_min if table.sigma_min is None else table.sigma_min
+    sigma_max = net.sigma_max if table.sigma_max is None else table.sigma_max
+    return get_schedule(
+        table.num_steps, sigma_min, sigma_max, net.device, table.schedule_type, table.schedule_rho, net
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def generate_batch(net: Denoiser, prompts: list[str], seeds: list[int], sampler: Sampler, sigmas: Tensor) -> Tensor:
+    """One image per (prompt, seed): float32 `[B, 3, H, W]` in [0, 1] on the 8-bit grid, on the net's device.
+
+    The noise of an image comes from its seed alone; `sampler(net, x, sigmas, cond)` returns the final state.
+    """
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    x = net.initial_state(noise(seeds, shape).to(net.device), sigmas[0])
+    return quantize(net.decode(sampler(net, x, sigmas, net.encode_prompts(prompts))))
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Everything that decides what an image of (prompt, seed) looks like."""
+
+    solver: str  # a key of solvers.SOLVERS
+    num_steps: int  # nodes; a node 0 that `to_zero` appends is not counted
+    schedule_type: str
+    schedule_rho: float
+    options: dict[str, float] = field(default_factory=dict)  # of the solver, beside its table
+    table: SolverTable | None = None
+    sigma_min: float | None = None  # None: the model's
+    sigma_max: float | None = None
+    to_zero: bool = False
+    afs: bool = False
+    dataset_name: str = "ms_coco"
+    guidance_type: str = "cfg"
+    guidance_rate: float = 7.5
+    model_path: str | None = None
+    precision: str = "float32"
+
+    @classmethod
+    def of_table(cls, table: SolverTable, model_path: str | None, precision: str) -> SamplingPlan:
+        """Sampling with an EPD table under the conditions that it was made for."""
+        return cls(
+            solver="epd" if table.sampler_stu == "epd" else "epd_ipndm",
+            num_steps=table.num_steps,
+            schedule_type=table.schedule_type,
+            schedule_rho=table.schedule_rho,
+            table=table,
+            sigma_min=table.sigma_min,
+            sigma_max=table.sigma_max,
+            afs=table.afs,
+            dataset_name=table.dataset_name,
+            guidance_type=table.guidance_type,
+            guidance_rate=table.guidance_rate,
+            model_path=model_path,
+            precision=precision,
+        )
+
+    def check(self) -> None:
+        """Raise a `UserError` subclass for what cannot work, before any model loads."""
+        check_options(self.solver, self.options)
+        self.nfe()
+        check_model(self.dataset_name, self.guidance_type, self.guidance_rate, self.model_path, self.precision)
+        check_schedule_type(self.schedule_type)
+
+    def nfe(self) -> NFE:
+        """Evaluations that one image costs."""
+        points = self.table.num_points if self.table else 1
+        guided, counted = self.guidance_rate != 1, {name: v for name, v in self.options.items() if name == "inner_steps"}
+        return count_nfe(self.solver, self.num_steps, points, guided, self.afs, to_zero=self.to_zero, **counted)
+
+    def load_model(self, device: torch.device) -> Denoiser:
+        return create_model(
+            self.dataset_name, self.guidance_type, self.guidance_rate, device, self.model_path, self.precision
+        )  # fmt: skip
+
+    def sigmas(self, net: Denoiser) -> Tensor:
+        """Nodes of the run: float64, with a last 0 where `to_zero` asks for it."""
+        sigma_min = net.sigma_min if self.sigma_min is None else self.sigma_min
+        sigma_max = net.sigma_max if self.sigma_max is None else self.sigma_max
+        nodes = get_schedule(
+            self.num_steps, sigma_min, sigma_max, net.device, self.schedule_type, self.schedule_rho, net
+        )  # fmt: skip
+        return torch.cat([nodes, nodes.new_zeros(1)]) if self.to_zero else nodes
+
+    def sampler(self, seeds: Sequence[int]) -> Sampler:
+        """The solver with its options; noise that it draws on the way comes from the image's seed too."""
+        options: dict[str, object] = dict(self.options)
+        if self.table is not None:
+            options["table"] = self.table
+        if self.solver == "edm":
+            draws = iter(range(self.num_steps))
+
+            def randn_like(x: Tensor) -> Tensor:
+                return noise(seeds, x.shape[1:], f"churn {next(draws)}").to(x)
+
+            options["randn_like"] = randn_like
+        return functools.partial(SOLVERS[self.solver], afs=self.afs, **options)
+
+    def record(self) -> dict[str, object]:
+        """What every manifest line of this run says."""
+        nfe = self.nfe()
+        return {
+            "solver": self.solver,
+            "options": self.options,
+            "num_steps": self.num_steps,
+            "table_sha256": self.table.sha256() if self.table else None,
+            "nfe": nfe.nfe,
+            "parallel_nfe": nfe.parallel_nfe,
+            "forwards": nfe.forwards,
+            "schedule_type": self.schedule_type,
+            "schedule_rho": self.schedule_rho,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "afs": self.afs,
+            "dataset_name": self.dataset_name,
+            "guidance_rate": self.guidance_rate,
+            "model_path": self.model_path,
+            "precision": self.precision,
+        }
+
+    def default_outdir(self) -> Path:
+        """`samples/<model>-<solver>-para<parallel NFE>`."""
+        return Path("samples") / f"{self.dataset_name}-{self.solver}-para{self.nfe().parallel_nfe}"
+
+
+def generate_images(
+    net: Denoiser, plan: SamplingPlan, seeds: Sequence[int], prompts: Sequence[str], batch: int
+) -> Iterator[tuple[Sequence[int], Sequence[str], Tensor]]:
+    """Yield (seeds, prompts, images `[b, 3, H, W]`), at most `batch` images at a time; see `generate_batch`."""
+    sigmas = plan.sigmas(net)
+    for start in range(0, len(seeds), batch):
+        part = slice(start, start + batch)
+        yield seeds[part], prompts[part], generate_batch(net, list(prompts[part]), list(seeds[part]), plan.sampler(seeds[part]), sigmas)
+
+
+def write_images(
+    plan: SamplingPlan, seeds: Sequence[int], prompts: Sequence[str], outdir: Path, *, batch: int, device: str,
+    overwrite: bool = False, grid: bool = False,
+) -> None:  # fmt: skip
+    """Sample `prompts[i]` with `seeds[i]` into `outdir/000000/000123.png` and `outdir/manifest.jsonl`.
+
+    Images that `outdir` already has from an equal plan are kept after a check of their hash; `overwrite` makes them
+    anew. Under `torchrun` the ranks share out the seeds. Raises a `UserError` subclass before anything is written when
+    the plan cannot work or `outdir` holds images of another plan.
+    """
+    plan.check()
+    manifest = Manifest(outdir, plan.record())
+    prompt_of = dict(zip(seeds, prompts, strict=True))
+    todo = list(seeds) if overwrite else manifest.missing(prompt_of)
+    distributed.init(device)
+    distributed.print0(f"{outdir}: {len(todo)} images to make, {len(seeds) - len(todo)} finished before")
+    if todo:
+        _generate_missing(plan, manifest, todo, prompt_of, batch, overwrite)
+    if grid and distributed.is_main():
+        pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
+        save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / "grid.png")
+    distributed.barrier()
+
+
+def _generate_missing(
+    plan: SamplingPlan, manifest: Manifest, todo: list[int], prompt_of: dict[int, str], batch: int, overwrite: bool
+) -> None:
+    """This rank's share of `todo`; afterwards rank 0 joins the lines of all ranks."""
+    from tqdm import tqdm
+
+    net = plan.load_model(distributed.device())
+    mine = distributed.shard(todo)
+    if distributed.is_main() and overwrite:
+        manifest.forget(todo)
+    distributed.barrier()
+    with (
+        manifest.writer(distributed.rank()) as add,
+        tqdm(total=len(mine), unit="image", desc=plan.solver, disable=not distributed.is_main()) as bar,
+    ):
+        for part, texts, images in generate_images(net, plan, mine, [prompt_of[seed] for seed in mine], batch):
+            for seed, prompt, image in zip(part, texts, images.cpu(), strict=True):
+                save_png(image, manifest.folder / image_name(seed))
+                add(seed, prompt)
+            bar.update(len(part))
+    distributed.barrier()
+    if distributed.is_main():
+        manifest.join()
+        distributed.print0(f"{manifest.path}: {json.dumps(plan.record() | {'images': len(prompt_of)})}")

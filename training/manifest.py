@@ -1,0 +1,117 @@
+"""`manifest.jsonl`: which image of a folder belongs to which seed, prompt and plan, and what is still missing.
+
+While ranks write, each has its own `manifest-rankN.jsonl`; at the end (or at the next start) they are joined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from torch_utils.checkpoint import atomic_write_text, sha256_file
+from torch_utils.errors import UserError
+from training.images import load_image
+
+MANIFEST = "manifest.jsonl"
+IMAGES_PER_FOLDER = 1000
+
+
+class ManifestError(UserError):
+    """An image folder that cannot take this run's images."""
+
+
+def image_name(seed: int) -> str:
+    """Path below the image folder, with forward slashes: 1,000 images per sub-folder."""
+    return f"{seed - seed % IMAGES_PER_FOLDER:06d}/{seed:06d}.png"
+
+
+class Manifest:
+    """The lines of one image folder. `record` is what every line of this run says beside file, seed, prompt, hash."""
+
+    def __init__(self, folder: Path, record: Mapping[str, object]):
+        self.folder = folder
+        self.path = folder / MANIFEST
+        # As it reads back, so that 0.1 or a tuple compares equal to what the file holds.
+        self.record = json.loads(json.dumps(record))
+        if folder.exists() and not folder.is_dir():
+            raise ManifestError(f"--outdir {folder} is a file; name a folder")
+        if not self._files() and next(folder.glob("**/*.png"), None) is not None:
+            raise ManifestError(f"{folder} holds pictures but no {MANIFEST}; choose another --outdir")
+
+    def _files(self) -> list[Path]:
+        parts = sorted(self.folder.glob("manifest-rank*.jsonl"))
+        return [self.path, *parts] if self.path.is_file() else parts
+
+    def _lines(self) -> dict[int, dict]:
+        """Seed -> line, the newest of each seed. A torn last line, as a crash leaves it, does not count."""
+        lines = {}
+        for path in self._files():
+            for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                try:
+                    line = json.loads(text)
+                    lines[int(line["seed"])] = line
+                except (ValueError, KeyError, TypeError) as error:
+                    if path == self.path:
+                        raise ManifestError(f"{path}, line {number} is damaged; use --overwrite or another --outdir") from error
+        return lines
+
+    def missing(self, prompt_of: Mapping[int, str]) -> list[int]:
+        """The seeds of `prompt_of` (seed -> prompt) whose image is not here or fails its hash, in order.
+
+        Raises `ManifestError` when one is here that was made with another prompt or another plan.
+        """
+        lines = self._lines()
+        missing = []
+        for seed, prompt in prompt_of.items():
+            wanted = self.record | {"prompt": prompt}
+            line = lines.get(seed)
+            if line is None:
+                missing.append(seed)
+                continue
+            for name, value in wanted.items():
+                if line.get(name) != value:
+                    raise ManifestError(
+                        f"{self.folder} holds an image of seed {seed} made with {name} {line.get(name)!r}, not {value!r}; "
+                        "choose another --outdir, or --overwrite"
+                    )
+            file = self.folder / image_name(seed)
+            if not file.is_file() or sha256_file(file) != line.get("sha256"):
+                missing.append(seed)
+        return missing
+
+    @contextlib.contextmanager
+    def writer(self, rank: int) -> Iterator[Callable[[int, str], None]]:
+        """Gives `add(seed, prompt)`, to be called when the image's file is complete; each line is flushed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"manifest-rank{rank}.jsonl", "a", encoding="utf-8") as stream:
+
+            def add(seed: int, prompt: str) -> None:
+                file = image_name(seed)
+                line = {"file": file, "seed": seed, "prompt": prompt, **self.record, "sha256": sha256_file(self.folder / file)}
+                stream.write(json.dumps(line) + "\n")
+                stream.flush()
+
+            yield add
+
+    def forget(self, seeds: Iterable[int]) -> None:
+        """Drop the lines of `seeds`, and with them every claim on their images."""
+        if self._files():
+            dropped = set(seeds)
+            self._store({seed: line for seed, line in self._lines().items() if seed not in dropped})
+
+    def join(self) -> None:
+        """Put the lines of all ranks into `manifest.jsonl`, by seed."""
+        self._store(self._lines())
+
+    def _store(self, lines: Mapping[int, dict]) -> None:
+        atomic_write_text(self.path, "".join(json.dumps(lines[seed]) + "\n" for seed in sorted(lines)))
+        for part in self.folder.glob("manifest-rank*.jsonl"):
+            part.unlink()
+
+    def load(self, seed: int) -> Tensor:
+        """Picture of `seed`, `[3, H, W]` in [0, 1]."""
+        return load_image(self.folder / image_name(seed))
