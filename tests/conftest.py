@@ -1,0 +1,10 @@
+"""One thread and no network for every test, set before anything imports torch or a hub client."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
