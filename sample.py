@@ -12,15 +12,29 @@ from training.sampling_options import read_prompts, sampling_options
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option(
-    "--predictor_path", "--predictor-path", "predictor_path", help="Table: .pkl, .safetensors or .json", metavar="FILE",
-    type=click.Path(path_type=Path), required=True,
-)  # fmt: skip
+    "--predictor_path",
+    "--predictor-path",
+    "predictor_path",
+    help="Table: .pkl, .safetensors or .json",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    required=True,
+)
 @sampling_options
 @user_errors
 def main(
-    predictor_path: Path, prompt_file: Path | None, prompt: str | None, seeds: str, batch: int, outdir: Path | None,
-    model_path: str | None, precision: str, device: str, grid: bool, overwrite: bool,
-) -> None:  # fmt: skip
+    predictor_path: Path,
+    prompt_file: Path | None,
+    prompt: str | None,
+    seeds: str,
+    batch: int,
+    outdir: Path | None,
+    model_path: str | None,
+    precision: str,
+    device: str,
+    grid: bool,
+    overwrite: bool,
+) -> None:
     """Sample images with an EPD table, on the model and at the guidance it was made for.
 
     Writes <outdir>/000000/000123.png and <outdir>/manifest.jsonl; run again to continue. Example:
@@ -35,8 +49,15 @@ def main(
 
     plan = SamplingPlan.of_table(load_table(predictor_path), model_path, precision)
     write_images(
-        plan, numbers, prompts, outdir or plan.default_outdir(), batch=batch, device=device, overwrite=overwrite, grid=grid
-    )  # fmt: skip
+        plan,
+        numbers,
+        prompts,
+        outdir or plan.default_outdir(),
+        batch=batch,
+        device=device,
+        overwrite=overwrite,
+        grid=grid,
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ case "$preset" in
         config=embedded dataset=emoji prompts=src/prompts/emoji_test.txt seeds="${SEEDS:-0-255}"
         start=exps/00000-emoji-6-10-epd-start
         schedule=(--schedule-type discrete --schedule-rho 1)
-        metrics=("score_emoji --metric reward" "score_emoji --metric heldout")
+        metrics=("reward score_emoji --metric reward" "heldout score_emoji --metric heldout") # name, module, options
         # name, sampler, nodes: parallel NFE 10 for all, and a long run to compare with
         baselines=("ddim-10 ddim 11" "dpm2-10 dpm2 6" "heun-10 heun 6" "ipndm-10 ipndm 11 --max-order 2" "ddim-50 ddim 51")
         ;;
@@ -26,7 +26,7 @@ case "$preset" in
         [ "$preset" = sd15-multi ] && config=sd15_parallel launcher=(-m torch.distributed.run --standalone "--nproc_per_node=${GPUS:-gpu}")
         start=exps/99999-ms_coco-11-20-epd-dpm-1-discrete
         schedule=(--schedule-type time_uniform --schedule-rho 1)
-        metrics=("score_hps --weights weights/HPS_v2.1_compressed.pt")
+        metrics=("hps score_hps")
         baselines=("ddim-20 ddim 21" "dpm2-20 dpm2 11" "edm-19 edm 10" "ipndm-20 ipndm 21" "ddim-50 ddim 51")
         ;;
     *)
@@ -58,9 +58,9 @@ done
 scores=()
 for name in "${names[@]}"; do
     for metric in "${metrics[@]}"; do
-        read -r script options <<<"$metric"
-        json="$results/$name-${options##* }.json"
-        run "$PYTHON" -m training.ppo.scripts.$script $options --images "$samples/$name" --output-json "$json" >/dev/null
+        read -r metric_name script options <<<"$metric"
+        json="$results/$name-$metric_name.json"
+        run "$PYTHON" -m "training.ppo.scripts.$script" $options --images "$samples/$name" --output-json "$json" >/dev/null
         scores+=("$json")
     done
 done

@@ -14,28 +14,61 @@ SAMPLERS = ("ddim", "dpm", "dpm2", "heun", "edm", "ipndm")
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--sampler", help="Solver", type=click.Choice(SAMPLERS), required=True)
-@click.option("--dataset-name", help="Model: ms_coco is Stable Diffusion v1.5, emoji the embedded one", metavar="NAME", default="ms_coco")
+@click.option(
+    "--dataset-name",
+    help="Model: ms_coco is Stable Diffusion v1.5, emoji the embedded one",
+    metavar="NAME",
+    default="ms_coco",
+)
 @click.option("--num-steps", help="Nodes of the schedule, one more than intervals", metavar="INT", type=int, default=11)
-@click.option("--schedule-type", help="polynomial, logsnr, time_uniform or discrete", metavar="NAME", default="time_uniform")
-@click.option("--schedule-rho", help="Exponent of the schedule", metavar="FLOAT", type=float, show_default="7 for polynomial, else 1")
+@click.option(
+    "--schedule-type", help="polynomial, logsnr, time_uniform or discrete", metavar="NAME", default="time_uniform"
+)
+@click.option(
+    "--schedule-rho",
+    help="Exponent of the schedule",
+    metavar="FLOAT",
+    type=float,
+    show_default="7 for polynomial, else 1",
+)
 @click.option("--sigma-min", help="Last noise level", metavar="FLOAT", type=float, show_default="the model's")
 @click.option("--sigma-max", help="First noise level", metavar="FLOAT", type=float, show_default="the model's")
 @click.option("--guidance-rate", help="Guidance scale; 1 is unguided", metavar="FLOAT", type=float, default=7.5)
 @click.option("--afs", help="Save the first evaluation by an analytical first step", is_flag=True)
 @click.option("--max-order", help="Of ipndm, 1-4", metavar="INT", type=int, show_default="4")
-@click.option("--inner-steps", help="Of dpm: DPM-Solver-2 steps per interval", metavar="INT", type=int, show_default="1")
-@click.option("--s-churn", help="Of edm: amount of noise added on the way", metavar="FLOAT", type=float, show_default="0")
+@click.option(
+    "--inner-steps", help="Of dpm: DPM-Solver-2 steps per interval", metavar="INT", type=int, show_default="1"
+)
+@click.option(
+    "--s-churn", help="Of edm: amount of noise added on the way", metavar="FLOAT", type=float, show_default="0"
+)
 @click.option("--s-min", help="Of edm: lowest noise level with churn", metavar="FLOAT", type=float, show_default="0")
 @click.option("--s-max", help="Of edm: highest noise level with churn", metavar="FLOAT", type=float, show_default="inf")
 @click.option("--s-noise", help="Of edm: scale of the added noise", metavar="FLOAT", type=float, show_default="1")
 @sampling_options
 @user_errors
 def main(
-    sampler: str, dataset_name: str, num_steps: int, schedule_type: str, schedule_rho: float | None,
-    sigma_min: float | None, sigma_max: float | None, guidance_rate: float, afs: bool, prompt_file: Path | None,
-    prompt: str | None, seeds: str, batch: int, outdir: Path | None, model_path: str | None, precision: str,
-    device: str, grid: bool, overwrite: bool, **solver_options: float | None,
-) -> None:  # fmt: skip
+    sampler: str,
+    dataset_name: str,
+    num_steps: int,
+    schedule_type: str,
+    schedule_rho: float | None,
+    sigma_min: float | None,
+    sigma_max: float | None,
+    guidance_rate: float,
+    afs: bool,
+    prompt_file: Path | None,
+    prompt: str | None,
+    seeds: str,
+    batch: int,
+    outdir: Path | None,
+    model_path: str | None,
+    precision: str,
+    device: str,
+    grid: bool,
+    overwrite: bool,
+    **solver_options: float | None,
+) -> None:
     """Sample images with a handcrafted solver; edm ends at noise level 0, the others at --sigma-min.
 
     Writes <outdir>/000000/000123.png and <outdir>/manifest.jsonl; run again to continue. Example:
@@ -65,8 +98,15 @@ def main(
         precision=precision,
     )
     write_images(
-        plan, numbers, prompts, outdir or plan.default_outdir(), batch=batch, device=device, overwrite=overwrite, grid=grid
-    )  # fmt: skip
+        plan,
+        numbers,
+        prompts,
+        outdir or plan.default_outdir(),
+        batch=batch,
+        device=device,
+        overwrite=overwrite,
+        grid=grid,
+    )
 
 
 if __name__ == "__main__":

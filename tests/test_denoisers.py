@@ -150,13 +150,13 @@ def test_incomplete_or_foreign_folder(tmp_path: Path):
     scheduler = folder / "scheduler/scheduler_config.json"
     values = json.loads(scheduler.read_text())
     scheduler.write_text(json.dumps(values | {"prediction_type": "v_prediction"}))
-    with pytest.raises(ModelError, match="predicts v_prediction; Stable Diffusion 1.x needed"):
+    with pytest.raises(ModelError, match="predicts v_prediction"):
         check_model("emoji", model_path=folder)
     scheduler.write_text("[]")
     with pytest.raises(ModelError, match="is not a scheduler configuration"):
         check_model("emoji", model_path=folder)
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ModelError, match="lacks unet/diffusion_pytorch_model.safetensors"):
+    with pytest.raises(ModelError, match="lacks unet/diffusion_pytorch_model"):
         check_model("emoji", model_path=folder)
 
 

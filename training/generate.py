@@ -24,13 +24,12 @@ Sampler = Callable[[Denoiser, Tensor, Tensor, TextCond], Tensor]
 GRID_IMAGES = 64
 
 
-def table_schedule(table: SolverTable, net: Denoiser) -> Tensor:
-    """Nodes of `table`'s schedule on `net`: float64 `[num_steps]`; a sigma range that the table leaves open is the model's."""
-    sigma_min = net.sigma_min if table.sigma_min is None else table.sigma_min
-    sigma_max = net.sigma_max if table.sigma_max is None else table.sigma_max
-    return get_schedule(
-        table.num_steps, sigma_min, sigma_max, net.device, table.schedule_type, table.schedule_rho, net
-    )  # fmt: skip
+def table_schedule(made_for: SolverTable | SamplingPlan, net: Denoiser) -> Tensor:
+    """Nodes that a table or plan is made for, float64 `[num_steps]`; a range that it leaves open is the model's."""
+    sigma_min = net.sigma_min if made_for.sigma_min is None else made_for.sigma_min
+    sigma_max = net.sigma_max if made_for.sigma_max is None else made_for.sigma_max
+    schedule = made_for.schedule_type, made_for.schedule_rho
+    return get_schedule(made_for.num_steps, sigma_min, sigma_max, net.device, *schedule, net)
 
 
 @torch.no_grad()
@@ -93,21 +92,20 @@ class SamplingPlan:
     def nfe(self) -> NFE:
         """Evaluations that one image costs."""
         points = self.table.num_points if self.table else 1
-        guided, counted = self.guidance_rate != 1, {name: v for name, v in self.options.items() if name == "inner_steps"}
+        guided, counted = (
+            self.guidance_rate != 1,
+            {name: v for name, v in self.options.items() if name == "inner_steps"},
+        )
         return count_nfe(self.solver, self.num_steps, points, guided, self.afs, to_zero=self.to_zero, **counted)
 
     def load_model(self, device: torch.device) -> Denoiser:
         return create_model(
             self.dataset_name, self.guidance_type, self.guidance_rate, device, self.model_path, self.precision
-        )  # fmt: skip
+        )
 
     def sigmas(self, net: Denoiser) -> Tensor:
         """Nodes of the run: float64, with a last 0 where `to_zero` asks for it."""
-        sigma_min = net.sigma_min if self.sigma_min is None else self.sigma_min
-        sigma_max = net.sigma_max if self.sigma_max is None else self.sigma_max
-        nodes = get_schedule(
-            self.num_steps, sigma_min, sigma_max, net.device, self.schedule_type, self.schedule_rho, net
-        )  # fmt: skip
+        nodes = table_schedule(self, net)
         return torch.cat([nodes, nodes.new_zeros(1)]) if self.to_zero else nodes
 
     def sampler(self, seeds: Sequence[int]) -> Sampler:
@@ -158,13 +156,24 @@ def generate_images(
     sigmas = plan.sigmas(net)
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        yield seeds[part], prompts[part], generate_batch(net, list(prompts[part]), list(seeds[part]), plan.sampler(seeds[part]), sigmas)
+        yield (
+            seeds[part],
+            prompts[part],
+            generate_batch(net, list(prompts[part]), list(seeds[part]), plan.sampler(seeds[part]), sigmas),
+        )
 
 
 def write_images(
-    plan: SamplingPlan, seeds: Sequence[int], prompts: Sequence[str], outdir: Path, *, batch: int, device: str,
-    overwrite: bool = False, grid: bool = False,
-) -> None:  # fmt: skip
+    plan: SamplingPlan,
+    seeds: Sequence[int],
+    prompts: Sequence[str],
+    outdir: Path,
+    *,
+    batch: int,
+    device: str,
+    overwrite: bool = False,
+    grid: bool = False,
+) -> None:
     """Sample `prompts[i]` with `seeds[i]` into `outdir/000000/000123.png` and `outdir/manifest.jsonl`.
 
     Images that `outdir` already has from an equal plan are kept after a check of their hash; `overwrite` makes them

@@ -56,7 +56,9 @@ class Manifest:
                     lines[int(line["seed"])] = line
                 except (ValueError, KeyError, TypeError) as error:
                     if path == self.path:
-                        raise ManifestError(f"{path}, line {number} is damaged; use --overwrite or another --outdir") from error
+                        raise ManifestError(
+                            f"{path}, line {number} is damaged; use --overwrite or another --outdir"
+                        ) from error
         return lines
 
     def missing(self, prompt_of: Mapping[int, str]) -> list[int]:
@@ -75,8 +77,8 @@ class Manifest:
             for name, value in wanted.items():
                 if line.get(name) != value:
                     raise ManifestError(
-                        f"{self.folder} holds an image of seed {seed} made with {name} {line.get(name)!r}, not {value!r}; "
-                        "choose another --outdir, or --overwrite"
+                        f"{self.folder} has an image of seed {seed} made with {name} {line.get(name)!r}, not {value!r};"
+                        " choose another --outdir, or --overwrite"
                     )
             file = self.folder / image_name(seed)
             if not file.is_file() or sha256_file(file) != line.get("sha256"):
@@ -91,7 +93,13 @@ class Manifest:
 
             def add(seed: int, prompt: str) -> None:
                 file = image_name(seed)
-                line = {"file": file, "seed": seed, "prompt": prompt, **self.record, "sha256": sha256_file(self.folder / file)}
+                line = {
+                    "file": file,
+                    "seed": seed,
+                    "prompt": prompt,
+                    **self.record,
+                    "sha256": sha256_file(self.folder / file),
+                }
                 stream.write(json.dumps(line) + "\n")
                 stream.flush()
 

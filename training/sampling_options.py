@@ -1,4 +1,4 @@
-"""What `sample.py` and `sample_baseline.py` have in common on the command line. Imports no torch: `--help` is instant."""
+"""What `sample.py` and `sample_baseline.py` have in common on the command line. Imports no torch: `--help` is fast."""
 
 from __future__ import annotations
 
@@ -13,17 +13,38 @@ from torch_utils.errors import UserError
 F = TypeVar("F", bound=Callable)
 
 OPTIONS = (
-    click.option("--prompt-file", help="Prompts, one per line; seed s takes line s, counted from 0", metavar="FILE", type=click.Path(path_type=Path)),
+    click.option(
+        "--prompt-file",
+        help="Prompts, one per line; seed s takes line s, counted from 0",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+    ),
     click.option("--prompt", help="One prompt for all seeds, instead of --prompt-file", metavar="TEXT"),
     click.option("--seeds", help='Which images, e.g. "0-999" or "3,7,20-29"', metavar="LIST", default="0-63"),
     click.option("--batch", help="Images at a time on each GPU", metavar="INT", type=click.IntRange(min=1), default=16),
-    click.option("--outdir", help="Where to write", metavar="DIR", type=click.Path(path_type=Path), show_default="samples/<model>-<solver>-para<NFE>"),
-    click.option("--model-path", help="Folder with the model in diffusers' layout", metavar="DIR", show_default="checkout, cache or download"),
-    click.option("--precision", help="Of the network; the ODE's state is float32", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32"),
+    click.option(
+        "--outdir",
+        help="Where to write",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        show_default="samples/<model>-<solver>-para<NFE>",
+    ),
+    click.option(
+        "--model-path",
+        help="Folder with the model in diffusers' layout",
+        metavar="DIR",
+        show_default="checkout, cache or download",
+    ),
+    click.option(
+        "--precision",
+        help="Of the network; the ODE's state is float32",
+        type=click.Choice(["float32", "float16", "bfloat16"]),
+        default="float32",
+    ),
     click.option("--device", help="Where to run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
     click.option("--grid", help="Also write grid.png with the first 64 images", is_flag=True),
     click.option("--overwrite", help="Make images anew that are there already", is_flag=True),
-)  # fmt: skip
+)
 
 
 def sampling_options(command: F) -> F:

@@ -33,9 +33,12 @@ GUIDANCE_TYPES = ("cfg",)
 
 
 def check_model(
-    dataset_name: str, guidance_type: str = "cfg", guidance_rate: float = 7.5, model_path: str | Path | None = None,
+    dataset_name: str,
+    guidance_type: str = "cfg",
+    guidance_rate: float = 7.5,
+    model_path: str | Path | None = None,
     precision: str = "float32",
-) -> Path | None:  # fmt: skip
+) -> Path | None:
     """Raise `ModelError` for arguments that `create_model` cannot serve, without loading or downloading anything.
 
     Returns the model's folder, or None where it would have to be downloaded.
@@ -56,9 +59,13 @@ def check_model(
 
 
 def create_model(
-    dataset_name: str, guidance_type: str = "cfg", guidance_rate: float = 7.5, device: torch.device | str = "cpu",
-    model_path: str | Path | None = None, precision: str = "float32",
-) -> Denoiser:  # fmt: skip
+    dataset_name: str,
+    guidance_type: str = "cfg",
+    guidance_rate: float = 7.5,
+    device: torch.device | str = "cpu",
+    model_path: str | Path | None = None,
+    precision: str = "float32",
+) -> Denoiser:
     """Load a frozen backbone.
 
     dataset_name   "ms_coco" (Stable Diffusion v1.5) or "emoji" (the embedded model).

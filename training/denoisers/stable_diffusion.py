@@ -80,7 +80,7 @@ class StableDiffusion(Denoiser):
             # low_cpu_mem_usage would need the accelerate package.
             model = kind.from_pretrained(
                 folder / part, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
-            )  # fmt: skip
+            )
             return frozen(model).to(memory_format=torch.channels_last)
 
         transformers_logging.disable_progress_bar()
@@ -90,8 +90,10 @@ class StableDiffusion(Denoiser):
         self.guidance_rate = guidance_rate
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self.text_encoder = frozen(
-            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True)
-        )  # fmt: skip
+            CLIPTextModel.from_pretrained(
+                folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+        )
         self.unet = diffusers_part(UNet2DConditionModel, "unet", dtype)
         self.vae = diffusers_part(AutoencoderKL, "vae", torch.float32)
         scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
@@ -160,4 +162,6 @@ def check_folder(folder: Path) -> None:
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{folder}/scheduler/scheduler_config.json is not a scheduler configuration") from error
     if schedule != "scaled_linear" or prediction != "epsilon" or not complete:
-        raise ModelError(f"{folder} has noise schedule {schedule} and predicts {prediction}; Stable Diffusion 1.x needed")
+        raise ModelError(
+            f"{folder} has noise schedule {schedule} and predicts {prediction}; Stable Diffusion 1.x needed"
+        )

@@ -1,1 +1,1 @@
-"""How the embedded "emoji" model in `src/embedded/` was made; each stage is one command (see README.md in this folder)."""
+"""How the embedded "emoji" model in `src/embedded/` was made; each stage is one command (see README.md)."""

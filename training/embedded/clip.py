@@ -1,7 +1,7 @@
 """Stage 2: the two CLIP models. A's text half becomes the text encoder and A judges held-out; B is the reward.
 
-    python -m training.embedded.clip --which a    ->  src/embedded/heldout  and  src/embedded/text_encoder, tokenizer
-    python -m training.embedded.clip --which b    ->  src/embedded/reward
+python -m training.embedded.clip --which a    ->  src/embedded/heldout  and  src/embedded/text_encoder, tokenizer
+python -m training.embedded.clip --which b    ->  src/embedded/reward
 """
 
 from __future__ import annotations
@@ -30,10 +30,24 @@ def build_clip(which: str, tokenizer) -> torch.nn.Module:
     torch.manual_seed(size["seed"])
 
     def tower(width: int, layers: int, heads: int) -> dict[str, int]:
-        return {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        return {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
 
-    specials = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = {**tower(*size["text"]), **specials, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    specials = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = {
+        **tower(*size["text"]),
+        **specials,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+    }
     vision = {**tower(*size["vision"]), "image_size": IMAGE_SIZE, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size["projection"]))
 
@@ -55,7 +69,9 @@ def evaluate(model: torch.nn.Module, data: EmojiData) -> tuple[float, float]:
     index, colour = data.random_batch(512)
     output = model(input_ids=data.tokens[index, colour], pixel_values=data.random_views(index, colour))
     cosine = output.image_embeds @ output.text_embeds.T
-    return (cosine.argmax(1) == torch.arange(len(index), device=index.device)).float().mean().item(), cosine.diag().mean().item()
+    return (
+        cosine.argmax(1) == torch.arange(len(index), device=index.device)
+    ).float().mean().item(), cosine.diag().mean().item()
 
 
 def save_preprocessing(folder: Path) -> None:
@@ -63,11 +79,18 @@ def save_preprocessing(folder: Path) -> None:
     from transformers import CLIPImageProcessor
 
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    CLIPImageProcessor(
+        size=size, crop_size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
 
 
 @click.command(help=__doc__)
-@click.option("--which", type=click.Choice(["a", "b"]), required=True, help="The text encoder and held-out judge (a) or the reward (b).")
+@click.option(
+    "--which",
+    type=click.Choice(["a", "b"]),
+    required=True,
+    help="The text encoder and held-out judge (a) or the reward (b).",
+)
 @click.option("--data", "data_dir", type=click.Path(path_type=Path), default=Path(".data/emoji"), show_default=True)
 @click.option("--outdir", type=click.Path(path_type=Path), default=Path("src/embedded"), show_default=True)
 @click.option("--steps", type=int, default=2500, show_default=True)
@@ -82,14 +105,19 @@ def main(which: str, data_dir: Path, outdir: Path, steps: int, minutes: float, b
     report_size(f"CLIP {which.upper()}", model)
     train_steps(model, lambda: contrastive_loss(model, data, batch), steps, minutes, lr=1e-3)
     top1, cosine = evaluate(model.eval(), data)
-    click.echo(f"CLIP {which.upper()}: top-1 among 512 {top1:.3f}, mean cosine of {len(COLOURS)}-colour pairs {cosine:.3f}", err=True)
+    click.echo(
+        f"CLIP {which.upper()}: top-1 among 512 {top1:.3f}, mean cosine of {len(COLOURS)}-colour pairs {cosine:.3f}",
+        err=True,
+    )
     model.half()
     folder = outdir / SIZES[which]["folder"]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_preprocessing(folder)
     if which == "a":
-        CLIPTextModel.from_pretrained(folder, dtype=torch.float16, local_files_only=True).save_pretrained(outdir / "text_encoder")
+        CLIPTextModel.from_pretrained(folder, dtype=torch.float16, local_files_only=True).save_pretrained(
+            outdir / "text_encoder"
+        )
         tokenizer.save_pretrained(outdir / "tokenizer")
 
 

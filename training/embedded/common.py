@@ -1,4 +1,4 @@
-"""What the training stages share: the pictures on the device, random views of them, captions as tokens, the step loop."""
+"""What the training stages share: pictures on the device, random views of them, captions as tokens, the step loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EmojiData:
     colours: Tensor  # [16, 3] float32 in [0, 1]
 
     def random_views(self, index: Tensor, colour: Tensor, max_shift: float = 0.08, max_zoom: float = 0.12) -> Tensor:
-        """Pictures `index` on backgrounds `colour` ([B] each), a little moved and scaled => [B, 3, 64, 64] in [-1, 1]."""
+        """Pictures `index` on backgrounds `colour` ([B] each), a little moved and scaled => [B, 3, 64, 64], -1 to 1."""
         pictures = self.rgba[index].float() / 255
         zoom = 1 + (torch.rand(len(index), device=index.device) * 2 - 1) * max_zoom
         shift = (torch.rand(len(index), 2, device=index.device) * 2 - 1) * max_shift
@@ -65,14 +65,20 @@ def load_data(folder: Path) -> EmojiData:
 
 
 def train_steps(
-    module: torch.nn.Module, loss_fn: Callable[[], Tensor], steps: int, minutes: float, lr: float,
+    module: torch.nn.Module,
+    loss_fn: Callable[[], Tensor],
+    steps: int,
+    minutes: float,
+    lr: float,
     after_step: Callable[[], None] = lambda: None,
-) -> None:  # fmt: skip
-    """Adam with 5 % warm-up and a cosine to zero over `steps` or `minutes`, whichever ends first; bf16 autocast on a GPU.
+) -> None:
+    """Adam with 5 % warm-up and a cosine to zero over `steps` or `minutes`, whichever ends first; bf16 on a GPU.
 
     The learning rate follows the larger share used up, so that a run that the clock ends has cooled down all the same.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=DEVICE == "cuda")
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=DEVICE == "cuda"
+    )
     start, logged = time.monotonic(), 0.0
     for step in range(steps):
         progress = max(step / steps, (time.monotonic() - start) / 60 / minutes)

@@ -3,7 +3,8 @@
     python -m training.embedded.data --outdir .data/emoji
 
 The pictures come from two npm packages: `@lobehub/fluent-emoji-3d` 1.1.0 (Microsoft Fluent Emoji, MIT) and
-`emoji-datasource-google` 16.0.0 (Noto Emoji artwork, Apache-2.0; package MIT); the names from `unicode-emoji-json` 0.9.0 (MIT).
+`emoji-datasource-google` 16.0.0 (Noto Emoji artwork, Apache-2.0; package MIT); the names from
+`unicode-emoji-json` 0.9.0 (MIT).
 """
 
 from __future__ import annotations
@@ -22,11 +23,23 @@ PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emoji-datasource-google@16.0.0", 
 STYLES = ("3d", "flat")  # Fluent, Noto
 IMAGE_SIZE = 64
 COLOURS = {
-    "white": (255, 255, 255), "black": (16, 16, 16), "gray": (140, 140, 140), "red": (214, 40, 40),
-    "pink": (255, 170, 200), "brown": (110, 66, 34), "tan": (222, 196, 150), "yellow": (255, 222, 60),
-    "lime": (160, 230, 60), "green": (30, 130, 60), "teal": (0, 128, 128), "cyan": (90, 220, 235),
-    "blue": (50, 110, 230), "navy": (20, 30, 90), "purple": (110, 50, 160), "violet": (190, 140, 240),
-}  # fmt: skip
+    "white": (255, 255, 255),
+    "black": (16, 16, 16),
+    "gray": (140, 140, 140),
+    "red": (214, 40, 40),
+    "pink": (255, 170, 200),
+    "brown": (110, 66, 34),
+    "tan": (222, 196, 150),
+    "yellow": (255, 222, 60),
+    "lime": (160, 230, 60),
+    "green": (30, 130, 60),
+    "teal": (0, 128, 128),
+    "cyan": (90, 220, 235),
+    "blue": (50, 110, 230),
+    "navy": (20, 30, 90),
+    "purple": (110, 50, 160),
+    "violet": (190, 140, 240),
+}
 TEXT_LENGTH = 24  # tokens, start and end included; the longest caption has fewer
 VOCABULARY_SIZE = 2048
 LEFT_OUT = ("middle finger",)  # a rude gesture has no place in a demonstration
@@ -45,7 +58,9 @@ def fetch_packages(folder: Path) -> list[Path]:
     for package in PACKAGES:
         archive = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
         if not archive.exists():
-            subprocess.run(["npm", "pack", package, "--pack-destination", str(folder)], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                ["npm", "pack", package, "--pack-destination", str(folder)], check=True, stdout=subprocess.DEVNULL
+            )
         archives.append(archive)
     return archives
 
@@ -54,7 +69,11 @@ def read_names(archive: Path) -> dict[str, str]:
     """Emoji -> name, without flags (pictures of text, in effect) and LEFT_OUT."""
     with tarfile.open(archive) as tar:
         records = json.load(tar.extractfile("package/data-by-emoji.json"))
-    return {emoji: record["name"] for emoji, record in records.items() if record["group"] != "Flags" and record["name"] not in LEFT_OUT}
+    return {
+        emoji: record["name"]
+        for emoji, record in records.items()
+        if record["group"] != "Flags" and record["name"] not in LEFT_OUT
+    }
 
 
 def read_pictures(archive: Path, prefix: str, suffix: str) -> dict[str, bytes]:
@@ -74,7 +93,9 @@ def decode_picture(data: bytes) -> np.ndarray:
 
     picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"), dtype=np.float32)
     picture[..., :3] *= picture[..., 3:] / 255
-    channels = [Image.fromarray(picture[..., c]).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS) for c in range(4)]
+    channels = [
+        Image.fromarray(picture[..., c]).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS) for c in range(4)
+    ]
     return np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1) + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -88,7 +109,7 @@ def train_tokenizer(captions: list[str], folder: Path) -> None:
 
 
 def write_prompts(names: list[str], folder: Path) -> None:
-    """Prompt files whose *names* are disjoint, so that a test prompt differs from every training prompt in its subject."""
+    """Prompt files whose *names* are disjoint: the subject of a test prompt stands in no training prompt."""
     rng = random.Random(0)
     names = sorted(set(names))
     rng.shuffle(names)
@@ -100,12 +121,27 @@ def write_prompts(names: list[str], folder: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--outdir", type=click.Path(path_type=Path), default=Path(".data/emoji"), show_default=True, help="Working folder of the recipe.")
-@click.option("--prompts", type=click.Path(path_type=Path), default=Path("src/prompts"), show_default=True, help="Folder of the prompt files.")
+@click.option(
+    "--outdir",
+    type=click.Path(path_type=Path),
+    default=Path(".data/emoji"),
+    show_default=True,
+    help="Working folder of the recipe.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    default=Path("src/prompts"),
+    show_default=True,
+    help="Folder of the prompt files.",
+)
 def main(outdir: Path, prompts: Path) -> None:
     fluent, google, unicode_names = fetch_packages(outdir / "npm")
     names = read_names(unicode_names)
-    pictures = (read_pictures(fluent, "package/assets/", ".webp"), read_pictures(google, "package/img/google/64/", ".png"))
+    pictures = (
+        read_pictures(fluent, "package/assets/", ".webp"),
+        read_pictures(google, "package/img/google/64/", ".png"),
+    )
     images, image_names, image_styles = [], [], []
     for emoji, name in names.items():
         stem = "-".join(f"{ord(char):04x}" for char in emoji).replace("-fe0f", "")
@@ -114,8 +150,17 @@ def main(outdir: Path, prompts: Path) -> None:
                 images.append(decode_picture(available[stem]))
                 image_names.append(name)
                 image_styles.append(style)
-    np.savez_compressed(outdir / "emoji.npz", rgba=np.stack(images), names=np.array(image_names), styles=np.array(image_styles, dtype=np.int8))
-    captions = [caption(name, STYLES[style], colour) for name, style in zip(image_names, image_styles, strict=True) for colour in COLOURS]
+    np.savez_compressed(
+        outdir / "emoji.npz",
+        rgba=np.stack(images),
+        names=np.array(image_names),
+        styles=np.array(image_styles, dtype=np.int8),
+    )
+    captions = [
+        caption(name, STYLES[style], colour)
+        for name, style in zip(image_names, image_styles, strict=True)
+        for colour in COLOURS
+    ]
     train_tokenizer(captions, outdir / "tokenizer")
     write_prompts(image_names, prompts)
     click.echo(f"{len(images)} pictures of {len(set(image_names))} names in {outdir / 'emoji.npz'}", err=True)

@@ -1,6 +1,6 @@
 """Stage 4: the text-to-image UNet on cached latents, with SD v1.5's noise schedule; then the pipeline's index file.
 
-    python -m training.embedded.unet    ->  src/embedded/unet, scheduler, model_index.json
+python -m training.embedded.unet    ->  src/embedded/unet, scheduler, model_index.json
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ def build_unet(text_width: int, sample_size: int) -> torch.nn.Module:
 
     torch.manual_seed(4)
     return UNet2DConditionModel(
-        sample_size=sample_size, in_channels=4, out_channels=4, block_out_channels=(64, 104, 144), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=text_width, attention_head_dim=4, norm_num_groups=8,
-    )  # fmt: skip
+        sample_size=sample_size,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 104, 144),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=text_width,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
 
 
 def build_scheduler():
@@ -38,9 +45,14 @@ def build_scheduler():
     from diffusers import PNDMScheduler
 
     return PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-        skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 @dataclass
@@ -54,7 +66,7 @@ class LatentCache:
 
 @torch.no_grad()
 def cache_latents(data: EmojiData, folder: Path) -> LatentCache:
-    """Encode every picture on every colour VIEWS times, and every caption once, with the models of the earlier stages."""
+    """Encode every picture on every colour VIEWS times, and every caption once, with the earlier stages' models."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -77,7 +89,9 @@ def cache_latents(data: EmojiData, folder: Path) -> LatentCache:
     return LatentCache(latents, torch.cat(text), text_encoder(empty).last_hidden_state[0].half())
 
 
-def denoising_loss(unet: torch.nn.Module, cache: LatentCache, data: EmojiData, alphas_cumprod: torch.Tensor, batch: int) -> torch.Tensor:
+def denoising_loss(
+    unet: torch.nn.Module, cache: LatentCache, data: EmojiData, alphas_cumprod: torch.Tensor, batch: int
+) -> torch.Tensor:
     """Epsilon prediction (Ho et al. 2020, eq. 14) with caption dropout for classifier-free guidance."""
     index, colour = data.random_batch(batch)
     view = torch.randint(VIEWS, (len(index),), device=DEVICE)
@@ -94,10 +108,15 @@ def denoising_loss(unet: torch.nn.Module, cache: LatentCache, data: EmojiData, a
 def write_index(folder: Path) -> None:
     """The `model_index.json` by which diffusers recognises a StableDiffusionPipeline folder."""
     parts = {
-        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "PNDMScheduler"],
-        "safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None],
-    }  # fmt: skip
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
     index = {"_class_name": "StableDiffusionPipeline", **parts, "requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -108,7 +127,9 @@ def write_index(folder: Path) -> None:
 @click.option("--steps", type=int, default=20000, show_default=True)
 @click.option("--minutes", type=float, default=60.0, show_default=True, help="Stop (and cool down) by then.")
 @click.option("--batch", type=int, default=768, show_default=True)
-@click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="torch.compile the UNet (GPU).")
+@click.option(
+    "--compile/--no-compile", "compiled", default=False, show_default=True, help="torch.compile the UNet (GPU)."
+)
 def main(data_dir: Path, outdir: Path, steps: int, minutes: float, batch: int, compiled: bool) -> None:
     data = load_data(data_dir)
     cache = cache_latents(data, outdir)
@@ -123,7 +144,14 @@ def main(data_dir: Path, outdir: Path, steps: int, minutes: float, batch: int, c
         torch._foreach_lerp_(pairs[0], pairs[1], 1 - EMA_DECAY)
 
     network = torch.compile(unet) if compiled else unet
-    train_steps(unet, lambda: denoising_loss(network, cache, data, alphas_cumprod, batch), steps, minutes, lr=1.5e-3, after_step=update_average)
+    train_steps(
+        unet,
+        lambda: denoising_loss(network, cache, data, alphas_cumprod, batch),
+        steps,
+        minutes,
+        lr=1.5e-3,
+        after_step=update_average,
+    )
     with torch.no_grad():
         losses = [denoising_loss(average, cache, data, alphas_cumprod, 1024).item() for _ in range(8)]
     click.echo(f"UNet: average loss {sum(losses) / len(losses):.4f}", err=True)

@@ -1,6 +1,6 @@
 """Stage 3: the autoencoder, 3x64x64 pixels <-> 4x16x16 latents, in diffusers' `AutoencoderKL`.
 
-    python -m training.embedded.vae    ->  src/embedded/vae
+python -m training.embedded.vae    ->  src/embedded/vae
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ def build_vae() -> torch.nn.Module:
 
     torch.manual_seed(3)
     return AutoencoderKL(
-        sample_size=IMAGE_SIZE, latent_channels=4, block_out_channels=(40, 80, 112), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    )  # fmt: skip
+        sample_size=IMAGE_SIZE,
+        latent_channels=4,
+        block_out_channels=(40, 80, 112),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
 
 
 def reconstruction_loss(vae: torch.nn.Module, data: EmojiData, batch: int) -> torch.Tensor:
