@@ -8,23 +8,27 @@
 # SEEDS="0-63" bash sample.sh takes fewer images. Finished images are kept: give the same command again to continue.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source setup_env.sh
+source ./setup_env.sh
 
+if [ $# -gt 1 ]; then
+    echo "Error: $0 takes one preset and nothing else; for options call the commands that it prints" >&2
+    exit 2
+fi
 preset="${1:-embedded}"
 launcher=()
 case "$preset" in
     embedded)
-        config=embedded dataset=emoji prompts=src/prompts/emoji_test.txt seeds="${SEEDS:-0-255}"
-        start=exps/00000-emoji-6-10-epd-start
+        config=embedded dataset=emoji prompts=src/prompts/emoji_test.txt seeds="${SEEDS:-0-255}" precision=float32
         schedule=(--schedule-type discrete --schedule-rho 1)
         metrics=("reward score_emoji --metric reward" "heldout score_emoji --metric heldout") # name, module, options
         # name, sampler, nodes: parallel NFE 10 for all, and a long run to compare with
         baselines=("ddim-10 ddim 11" "dpm2-10 dpm2 6" "heun-10 heun 6" "ipndm-10 ipndm 11 --max-order 2" "ddim-50 ddim 51")
         ;;
     sd15 | sd15-multi)
-        config=sd15_single dataset=ms_coco prompts=src/prompts/test.txt seeds="${SEEDS:-0-999}"
-        [ "$preset" = sd15-multi ] && config=sd15_parallel launcher=(-m torch.distributed.run --standalone "--nproc_per_node=${GPUS:-gpu}")
-        start=exps/99999-ms_coco-11-20-epd-dpm-1-discrete
+        config=sd15_single dataset=ms_coco prompts=src/prompts/test.txt seeds="${SEEDS:-0-999}" precision=float16
+        if [ "$preset" = sd15-multi ]; then
+            config=sd15_parallel launcher=(-m torch.distributed.run --standalone "--nproc_per_node=${GPUS:-gpu}")
+        fi
         schedule=(--schedule-type time_uniform --schedule-rho 1)
         metrics=("hps score_hps")
         baselines=("ddim-20 ddim 21" "dpm2-20 dpm2 11" "edm-19 edm 10" "ipndm-20 ipndm 21" "ddim-50 ddim 51")
@@ -35,22 +39,26 @@ case "$preset" in
         ;;
 esac
 
-run_dir=$(ls -d exps/[0-9]*-"$config" 2>/dev/null | tail -n 1)
-learned=$(ls "$run_dir"/export/*.safetensors 2>/dev/null | tail -n 1)
+# The table that was exported last.
+learned=$(ls -t exps/[0-9]*-"$config"/export/*.safetensors 2>/dev/null | head -n 1 || true)
 if [ -z "$learned" ]; then
     echo "Error: no learned table in exps/*-$config/export; run: bash train.sh $preset" >&2
     exit 2
 fi
 ensure_python
-samples="samples/$preset/$(basename "$run_dir")" results="results/$preset/$(basename "$run_dir")"
-common=(--prompt-file "$prompts" --seeds "$seeds" --batch 16 --grid)
+run_dir=$(dirname "$(dirname "$learned")")
+step=$(basename "$learned" .safetensors)
+label="$preset/$(basename "$run_dir")-${step##*-}-seeds$seeds"
+samples="samples/$label" results="results/$label"
+common=(--prompt-file "$prompts" --seeds "$seeds" --batch 16 --precision "$precision" --grid)
+python=("$PYTHON" ${launcher[@]+"${launcher[@]}"})
 
-run "$PYTHON" "${launcher[@]}" sample.py --predictor_path "$learned" "${common[@]}" --outdir "$samples/learned"
-run "$PYTHON" "${launcher[@]}" sample.py --predictor_path "$(ls $start/network-snapshot-*.pkl)" "${common[@]}" --outdir "$samples/start"
+run "${python[@]}" sample.py --predictor_path "$learned" "${common[@]}" --outdir "$samples/learned"
+run "${python[@]}" sample.py --predictor_path "$run_dir/configs/start_table.safetensors" "${common[@]}" --outdir "$samples/start"
 names=(learned start)
 for baseline in "${baselines[@]}"; do
     read -r name sampler nodes options <<<"$baseline"
-    run "$PYTHON" "${launcher[@]}" sample_baseline.py --sampler "$sampler" --dataset-name "$dataset" --num-steps "$nodes" \
+    run "${python[@]}" sample_baseline.py --sampler "$sampler" --dataset-name "$dataset" --num-steps "$nodes" \
         "${schedule[@]}" $options "${common[@]}" --outdir "$samples/$name"
     names+=("$name")
 done

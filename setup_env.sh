@@ -1,9 +1,9 @@
 # Sourced by train.sh, sample.sh and tests/run.sh: leaves in PYTHON an interpreter that has what the project needs.
 # That is the active one if it will do; else .venv, which is made and filled with the versions in requirements.txt.
 
-# complete INTERPRETER [test]: does it have every dependency of pyproject.toml, in a version that will do?
-complete() {
-    "$1" - "${2:-}" <<'PY' 2>/dev/null
+# has_dependencies INTERPRETER [test]: does it have every dependency of pyproject.toml, in a version that will do?
+has_dependencies() {
+    "$1" - "${2:-}" <<'PY'
 import importlib.metadata
 import re
 import sys
@@ -23,21 +23,21 @@ PY
 ensure_python() {
     local extra="${1:-}" candidate
     for candidate in python .venv/bin/python; do
-        if command -v "$candidate" >/dev/null && complete "$candidate" "$extra"; then
+        if command -v "$candidate" >/dev/null && has_dependencies "$candidate" "$extra" 2>/dev/null; then
             PYTHON="$candidate"
             return
         fi
     done
-    if ! python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
-        echo "Error: python3 must be Python 3.10 to 3.13; install one and put it first in PATH" >&2
+    if ! python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+        echo "Error: python3 must be Python 3.11 to 3.13; install one and put it first in PATH" >&2
         return 2
     fi
     echo "+ python3 -m venv .venv, then pip install the versions of requirements.txt (some 5 GB, a minute or more)" >&2
     python3 -m venv .venv
     PYTHON=.venv/bin/python
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt ${extra:+-r requirements-$extra.txt}
-    if ! complete "$PYTHON" "$extra"; then
-        echo "Error: .venv is incomplete after the installation; delete .venv and see the messages of pip above" >&2
+    if ! has_dependencies "$PYTHON" "$extra"; then
+        echo "Error: .venv is incomplete after the installation, for the reason above; delete .venv to begin anew" >&2
         return 2
     fi
 }

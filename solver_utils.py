@@ -79,14 +79,8 @@ def get_schedule(
     `net` is needed by `discrete` only; its `sigma` and `sigma_inv` get float64 tensors on `device`.
     Raises SolverError for an unknown type, fewer than two nodes, a sigma range or rho that does not fit.
     """
-    check_schedule_type(schedule_type)
+    check_schedule(schedule_type, num_steps, sigma_min, sigma_max, schedule_rho)
     sigma_min, sigma_max, rho = float(sigma_min), float(sigma_max), float(schedule_rho)
-    if num_steps < 2:
-        raise SolverError(f"num_steps must be at least 2 (nodes, so one interval), got {num_steps}")
-    if not 0 < sigma_min < sigma_max < math.inf:
-        raise SolverError(f"need 0 < sigma_min < sigma_max, got sigma_min {sigma_min:g} and sigma_max {sigma_max:g}")
-    if not 0 < rho < math.inf:
-        raise SolverError(f"schedule_rho must be positive, got {rho:g}")
 
     if schedule_type == "polynomial":
         sigmas = _lerp(sigma_max, sigma_min, num_steps, rho)
@@ -105,6 +99,22 @@ def get_schedule(
             f"{sigma_min:g}; use another schedule type or range"
         )
     return sigmas.to(device)
+
+
+def check_schedule(
+    schedule_type: str, num_steps: int, sigma_min: float | None, sigma_max: float | None, schedule_rho: float
+) -> None:
+    """Raise SolverError for what no model could use; an end of the range that is None is the model's own."""
+    check_schedule_type(schedule_type)
+    if num_steps < 2:
+        raise SolverError(f"num_steps must be at least 2 (nodes, so one interval), got {num_steps}")
+    low = 0.0 if sigma_min is None else float(sigma_min)
+    high = math.inf if sigma_max is None else float(sigma_max)
+    known = [end for end in (sigma_min, sigma_max) if end is not None]
+    if not low < high or not all(0 < end < math.inf for end in known):
+        raise SolverError(f"need 0 < sigma_min < sigma_max, got sigma_min {low:g} and sigma_max {high:g}")
+    if not 0 < schedule_rho < math.inf:
+        raise SolverError(f"schedule_rho must be positive, got {schedule_rho:g}")
 
 
 def check_schedule_type(schedule_type: str) -> None:
@@ -155,6 +165,8 @@ def check_options(solver: str, options: Mapping[str, object]) -> None:
             takers = [other for other, names in SOLVER_OPTIONS.items() if name in names]
             used_by = f"it belongs to {', '.join(takers)}" if takers else "no solver has it"
             raise SolverError(f"{solver} takes no option {name}; {used_by}")
+        if isinstance(value, float) and not math.isfinite(value) and name != "s_max":
+            raise SolverError(f"{name} must be a finite number, got {value}")
         if name == "max_order" and value not in ADAMS_BASHFORTH:
             raise SolverError(f"max_order must be 1, 2, 3 or 4, got {value}")
         if name == "inner_steps" and value < 1:

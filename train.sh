@@ -5,22 +5,29 @@
 #   bash train.sh sd15         Stable Diffusion v1.5 on one GPU
 #   bash train.sh sd15-multi   Stable Diffusion v1.5 on all GPUs of this machine
 #
-# A run that was cut off goes on where it stopped: give the same command again.
+# A run that was cut off goes on where it stopped: give the same command again. A finished one is only exported again;
+# move its folder away, or change the configuration, to train anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source setup_env.sh
+source ./setup_env.sh
 
+if [ $# -gt 1 ]; then
+    echo "Error: $0 takes one preset and nothing else; for options call the commands that it prints" >&2
+    exit 2
+fi
 preset="${1:-embedded}"
 launcher=(-m)
 case "$preset" in
     embedded)
         start=exps/00000-emoji-6-10-epd-start
         table=(--dataset-name emoji --num-steps 6 --num-points 2 --snapshot-step 0)
+        snapshot=network-snapshot-000000.pkl
         config=embedded
         ;;
     sd15 | sd15-multi)
         start=exps/99999-ms_coco-11-20-epd-dpm-1-discrete
         table=(--dataset-name ms_coco --num-steps 11 --num-points 2 --snapshot-step 99999)
+        snapshot=network-snapshot-099999.pkl
         config=sd15_single
         if [ "$preset" = sd15-multi ]; then
             config=sd15_parallel
@@ -34,10 +41,10 @@ case "$preset" in
 esac
 
 ensure_python
-run "$PYTHON" fake_train.py "${table[@]}" --outdir "$start" --overwrite >/dev/null
-snapshot=$(ls "$start"/network-snapshot-*.pkl)
-run "$PYTHON" "${launcher[@]}" training.ppo.launch --config "training/ppo/cfgs/$config.yaml" \
-    --override "data.predictor_snapshot=$snapshot"
-run_dir=$(ls -d exps/[0-9]*-"$config" | tail -n 1)
+if [ ! -e "$start/$snapshot" ]; then
+    run "$PYTHON" fake_train.py "${table[@]}" --outdir "$start" >/dev/null
+fi
+run_dir=$(run "$PYTHON" "${launcher[@]}" training.ppo.launch --config "training/ppo/cfgs/$config.yaml" \
+    --override "data.predictor_snapshot=$start/$snapshot")
 run "$PYTHON" -m training.ppo.export_epd_predictor "$run_dir"
 echo "The learned table is in $run_dir/export; next: bash sample.sh $preset" >&2

@@ -3,10 +3,12 @@ mistakes that cost nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from torch_utils import distributed
 from torch_utils.errors import UserError
 from training.generate import SamplingPlan, generate_images, write_images
 from training.images import load_image
-from training.manifest import image_name
+from training.manifest import Manifest, image_name
 from training.ppo.cold_start import cold_start_table
 from training.table import save_table
 
@@ -161,6 +163,39 @@ def test_other_plan_is_refused_and_overwrite_replaces(tmp_path):
     assert json.loads((out / "manifest.jsonl").read_text())["solver"] == "heun"
 
 
+def test_overwrite_mends_a_damaged_manifest_but_a_refused_plan_leaves_it_alone(tmp_path):
+    out = tmp_path / "out"
+    write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=2, device="cpu")
+    whole = (out / "manifest.jsonl").read_bytes()
+    flow = SamplingPlan("ddim", 3, "flowmatch", 1.0, dataset_name="emoji")
+    with pytest.raises(UserError, match="flowmatch is for flow models"):
+        write_images(flow, [0], PROMPTS[:1], out, batch=1, device="cpu", overwrite=True)
+    assert (out / "manifest.jsonl").read_bytes() == whole
+    (out / "manifest.jsonl").write_bytes(whole[:-9] + b"\xff\n")
+    with pytest.raises(UserError, match="line 2 is damaged; use --overwrite"):
+        write_images(PLAN, [0], PROMPTS[:1], out, batch=1, device="cpu")
+    write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=2, device="cpu", overwrite=True)
+    assert (out / "manifest.jsonl").read_bytes() == whole
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    out = tmp_path / "out"
+    with contextlib.ExitStack() as locks:
+        Manifest(out, {}).open(locks)
+        with pytest.raises(UserError, match="another process writes to"):
+            write_images(PLAN, [0], PROMPTS[:1], out, batch=1, device="cpu")
+    write_images(PLAN, [0], PROMPTS[:1], out, batch=1, device="cpu")
+
+
+def test_a_multistep_table_samples_at_its_own_order():
+    table = cold_start_table(4, 2)
+    plans = [
+        SamplingPlan.of_table(replace(table, sampler_stu="ipndm", max_order=order), None, "float32") for order in (1, 3)
+    ]
+    assert [(plan.solver, plan.options) for plan in plans] == [("epd_ipndm", {"max_order": n}) for n in (1, 3)]
+    assert SamplingPlan.of_table(table, None, "float32").options == {}
+
+
 def test_strange_pictures_are_not_mixed_in(tmp_path):
     (tmp_path / "holiday.png").write_bytes(b"x")
     with pytest.raises(UserError, match="holds pictures but no manifest"):
@@ -178,6 +213,9 @@ BASE = ["--sampler", "ddim", "--dataset-name", "emoji", "--prompt-file", str(TES
         ([*BASE, "--max-order", "3"], "ddim takes no option max_order; it belongs to ipndm"),
         ([*BASE, "--num-steps", "1"], "num_steps must be at least 2"),
         ([*BASE, "--schedule-type", "cosine"], "unknown schedule type 'cosine'; use one of polynomial"),
+        ([*BASE, "--schedule-rho", "-1"], "schedule_rho must be positive, got -1"),
+        ([*BASE, "--sigma-min", "20", "--sigma-max", "3"], "need 0 < sigma_min < sigma_max, got sigma_min 20"),
+        (["--sampler", "edm", *BASE[2:], "--s-churn", "nan"], "s_churn must be a finite number, got nan"),
         ([*BASE, "--prompt", "also this"], "one of the two"),
         ([*BASE[:4]], "one of the two"),
         ([*BASE, "--guidance-rate", "-3"], "guidance_rate -3.0 must be"),

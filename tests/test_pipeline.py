@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from click.testing import CliRunner
 import fake_train
 import sample
 import sample_baseline
+from solvers import SOLVERS
 from torch_utils import distributed
-from training.ppo import export_epd_predictor, launch
+from training import denoisers
+from training.ppo import config, export_epd_predictor, launch, reward_multi
 from training.ppo.scripts import compare, score_emoji
 from training.table import load_table
 
@@ -127,6 +130,14 @@ def test_comparison_table(pipeline):
     assert difference == pytest.approx(means["learned"] - means["ddim"], abs=1e-9)
 
 
+def test_sampling_before_training_says_so(tmp_path):
+    for file in ("sample.sh", "setup_env.sh"):
+        shutil.copy(ROOT / file, tmp_path)
+    result = subprocess.run(["bash", tmp_path / "sample.sh"], capture_output=True, text=True, timeout=20)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "no learned table in exps/*-embedded/export; run: bash train.sh embedded" in result.stderr
+
+
 def test_shell_scripts_name_an_unknown_preset():
     for script in ("train.sh", "sample.sh"):
         result = subprocess.run(["bash", ROOT / script, "flux"], capture_output=True, text=True, timeout=20)
@@ -138,3 +149,29 @@ def test_shell_scripts_name_an_unknown_preset():
 def test_shipped_configurations_are_valid(name):
     text = call(launch, "--config", ROOT / f"training/ppo/cfgs/{name}.yaml", "--dry-run")
     assert "rollout_batch_size" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward.type=hpsv3", "reward.type=hpsv3 is unknown; use one of hps, emoji_reward, emoji_heldout"),
+        ("evaluation.metrics=[clap]", "evaluation.metrics=clap is unknown"),
+        ("model.dataset_name=flux", "model.dataset_name=flux is unknown; use one of emoji, ms_coco"),
+        ("reward.enable_amp=true", "reward.enable_amp is for hps only"),
+    ],
+)
+def test_unknown_names_are_refused_even_under_dry_run(override, message):
+    config = str(ROOT / "training/ppo/cfgs/embedded.yaml")
+    result = CliRunner().invoke(launch.main, ["--config", config, "--override", override, "--dry-run"])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_names_that_need_no_torch_agree_with_their_owners(pipeline):
+    assert set(config.BACKBONE_NAMES) == set(denoisers.BACKBONES)
+    assert set(config.GUIDANCE_TYPES) == set(denoisers.GUIDANCE_TYPES)
+    assert set(config.REWARD_NAMES) == set(reward_multi.REWARD_TYPES)
+    assert set(sample_baseline.SAMPLERS) <= set(SOLVERS)
+    (run_dir,) = (pipeline / "exps").iterdir()
+    assert (run_dir / launch.CONFIG_IN_RUN).is_file()
+    assert (run_dir / launch.START_IN_RUN).is_file()

@@ -289,12 +289,16 @@ def open_and_close(config_path, overrides, resume):
         return directory, checkpoint
 
 
-def test_auto_continues_only_an_equal_unfinished_run(toy, tmp_path):
+def test_auto_continues_only_an_equal_run(toy, tmp_path):
     stop_early = Models(ToyDenoiser(), SignalAfter(3, signal.SIGTERM), toy_models().metrics)
     run_toy(toy, "never", [], stop_early)
     unfinished = only_run(tmp_path)
     assert open_and_close(toy, [], "auto") == (unfinished, unfinished.checkpoint(3))
-    for other in (["ppo.learning_rate=0.01"], ["run.seed=1"], ["run.run_name=oy"], ["model.num_points=3"]):
+    lighter = ["ppo.rollout_micro_batch=4", "logging.log_interval=2"]
+    assert open_and_close(toy, lighter, "auto") == (unfinished, unfinished.checkpoint(3))
+    assert load_config(unfinished.config).ppo.rollout_micro_batch == 4
+    others = (["ppo.learning_rate=0.01"], ["run.seed=1"], ["run.run_name=oy"], ["model.num_points=3"], ["ppo.steps=9"])
+    for other in others:
         directory, checkpoint = open_and_close(toy, other, "auto")
         assert directory != unfinished and checkpoint is None
     config = load_config(toy)
@@ -303,8 +307,10 @@ def test_auto_continues_only_an_equal_unfinished_run(toy, tmp_path):
         assert first == unfinished
         assert second != unfinished and checkpoint is None  # the first one is in use
     run_toy(toy, str(unfinished.path), [])
-    directory, checkpoint = open_and_close(toy, [], "auto")
-    assert directory != unfinished and checkpoint is None  # the first one is finished
+    assert open_and_close(toy, [], "auto") == (unfinished, unfinished.checkpoint(4))  # finished: nothing is left to do
+    before = unfinished.metrics.read_bytes()
+    assert run_toy(toy, "auto", []) == 0
+    assert unfinished.metrics.read_bytes() == before
 
 
 def test_resume_by_name(toy, tmp_path):

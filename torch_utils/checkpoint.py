@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -134,3 +135,22 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__}, not a dict")
     return state
+
+
+def lock_folder(folder: str | os.PathLike[str], locks: contextlib.ExitStack) -> bool:
+    """Whether `folder` is now ours until `locks` closes; the system frees it too when the process dies.
+
+    Raises `CheckpointError` where the lock file cannot be made.
+    """
+    path = Path(folder) / ".lock"
+    try:
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - stays open with the lock
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return False
+    locks.enter_context(file)
+    return True

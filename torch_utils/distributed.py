@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO, TypeVar, overload
 
 import torch
@@ -175,6 +175,22 @@ def broadcast_object(obj: T, src: int = 0) -> T:
 
 
 @torch.no_grad()
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and give its result to all ranks; its `UserError` ends them all, told once."""
+    outcome: T | UserError | None = None
+    if is_main():
+        try:
+            outcome = function()
+        except UserError as error:
+            outcome = error
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, UserError):
+        if is_main():
+            raise outcome
+        sys.exit(2)
+    return outcome
+
+
 def all_reduce_mean_(tensors: Iterable[torch.Tensor]) -> None:
     """Replace each floating-point tensor by its mean over the ranks, in place. Every rank passes the same shapes."""
     for tensor in tensors:

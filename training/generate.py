@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from solver_utils import NFE, check_options, check_schedule_type, count_nfe, get_schedule
+from solver_utils import NFE, check_options, check_schedule, count_nfe, get_schedule
 from solvers import SOLVERS
 from torch_utils import distributed
 from torch_utils.seeds import noise
-from training.denoisers import Denoiser, TextCond, check_model, create_model
+from training.denoisers import Denoiser, TextCond, check_model, create_model, find_model
 from training.images import image_grid, quantize, save_png
 from training.manifest import Manifest, image_name
 from training.table import SolverTable
@@ -66,8 +67,10 @@ class SamplingPlan:
     @classmethod
     def of_table(cls, table: SolverTable, model_path: str | None, precision: str) -> SamplingPlan:
         """Sampling with an EPD table under the conditions that it was made for."""
+        is_multistep = table.sampler_stu == "ipndm"
         return cls(
-            solver="epd" if table.sampler_stu == "epd" else "epd_ipndm",
+            solver="epd_ipndm" if is_multistep else "epd",
+            options={"max_order": table.max_order} if is_multistep and table.max_order is not None else {},
             num_steps=table.num_steps,
             schedule_type=table.schedule_type,
             schedule_rho=table.schedule_rho,
@@ -87,16 +90,13 @@ class SamplingPlan:
         check_options(self.solver, self.options)
         self.nfe()
         check_model(self.dataset_name, self.guidance_type, self.guidance_rate, self.model_path, self.precision)
-        check_schedule_type(self.schedule_type)
+        check_schedule(self.schedule_type, self.num_steps, self.sigma_min, self.sigma_max, self.schedule_rho)
 
     def nfe(self) -> NFE:
         """Evaluations that one image costs."""
         points = self.table.num_points if self.table else 1
-        guided, counted = (
-            self.guidance_rate != 1,
-            {name: v for name, v in self.options.items() if name == "inner_steps"},
-        )
-        return count_nfe(self.solver, self.num_steps, points, guided, self.afs, to_zero=self.to_zero, **counted)
+        guided = self.guidance_rate != 1
+        return count_nfe(self.solver, self.num_steps, points, guided, self.afs, to_zero=self.to_zero, **self.options)
 
     def load_model(self, device: torch.device) -> Denoiser:
         return create_model(
@@ -180,31 +180,46 @@ def write_images(
     anew. Under `torchrun` the ranks share out the seeds. Raises a `UserError` subclass before anything is written when
     the plan cannot work or `outdir` holds images of another plan.
     """
+    prompt_of = dict(zip(seeds, prompts, strict=True))
+    distributed.init(device)
+    try:
+        with contextlib.ExitStack() as locks:
+            manifest, todo = distributed.on_main(lambda: _prepare(plan, prompt_of, outdir, overwrite, locks))
+            distributed.print0(f"{outdir}: {len(todo)} images to make, {len(seeds) - len(todo)} finished before")
+            if todo:
+                _generate(plan, manifest, todo, prompt_of, batch, overwrite)
+            if grid and distributed.is_main():
+                pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
+                save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / "grid.png")
+            distributed.barrier()
+    finally:
+        distributed.shutdown()
+
+
+def _prepare(
+    plan: SamplingPlan, prompt_of: dict[int, str], outdir: Path, overwrite: bool, locks: contextlib.ExitStack
+) -> tuple[Manifest, list[int]]:
+    """Check everything that needs no model, then make and lock `outdir`: its manifest and the seeds to make."""
     plan.check()
     manifest = Manifest(outdir, plan.record())
-    prompt_of = dict(zip(seeds, prompts, strict=True))
-    todo = list(seeds) if overwrite else manifest.missing(prompt_of)
-    distributed.init(device)
-    distributed.print0(f"{outdir}: {len(todo)} images to make, {len(seeds) - len(todo)} finished before")
-    if todo:
-        _generate_missing(plan, manifest, todo, prompt_of, batch, overwrite)
-    if grid and distributed.is_main():
-        pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
-        save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / "grid.png")
-    distributed.barrier()
+    todo = list(prompt_of) if overwrite else manifest.missing(prompt_of)
+    find_model(plan.dataset_name, plan.guidance_type, plan.guidance_rate, plan.model_path, plan.precision)
+    manifest.open(locks)
+    return manifest, todo
 
 
-def _generate_missing(
+def _generate(
     plan: SamplingPlan, manifest: Manifest, todo: list[int], prompt_of: dict[int, str], batch: int, overwrite: bool
 ) -> None:
     """This rank's share of `todo`; afterwards rank 0 joins the lines of all ranks."""
     from tqdm import tqdm
 
     net = plan.load_model(distributed.device())
-    mine = distributed.shard(todo)
-    if distributed.is_main() and overwrite:
-        manifest.forget(todo)
+    plan.sigmas(net)  # the last thing that can be refused: only now may an old manifest lose lines
+    if distributed.is_main():
+        manifest.begin(todo if overwrite else [])
     distributed.barrier()
+    mine = distributed.shard(todo)
     with (
         manifest.writer(distributed.rank()) as add,
         tqdm(total=len(mine), unit="image", desc=plan.solver, disable=not distributed.is_main()) as bar,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from torch_utils.checkpoint import atomic_write_text, sha256_file
+from torch_utils.checkpoint import atomic_write_text, lock_folder, sha256_file
 from torch_utils.errors import UserError
 from training.images import load_image
 
@@ -42,24 +42,43 @@ class Manifest:
         if not self._files() and next(folder.glob("**/*.png"), None) is not None:
             raise ManifestError(f"{folder} holds pictures but no {MANIFEST}; choose another --outdir")
 
-    def _files(self) -> list[Path]:
-        parts = sorted(self.folder.glob("manifest-rank*.jsonl"))
-        return [self.path, *parts] if self.path.is_file() else parts
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("manifest-rank*.jsonl"))
 
-    def _lines(self) -> dict[int, dict]:
-        """Seed -> line, the newest of each seed. A torn last line, as a crash leaves it, does not count."""
+    def _files(self) -> list[Path]:
+        return [self.path, *self._parts()] if self.path.is_file() else self._parts()
+
+    def _lines(self, skip_damaged: bool = False) -> dict[int, dict]:
+        """Seed -> line, the newest of each seed. In a rank's part a torn last line, as a crash leaves it, is passed
+        over; in the manifest itself a damaged line is an error unless `skip_damaged`."""
         lines = {}
         for path in self._files():
-            for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            for number, text in enumerate(path.read_bytes().splitlines(), start=1):
                 try:
                     line = json.loads(text)
                     lines[int(line["seed"])] = line
                 except (ValueError, KeyError, TypeError) as error:
-                    if path == self.path:
+                    if path == self.path and not skip_damaged:
                         raise ManifestError(
                             f"{path}, line {number} is damaged; use --overwrite or another --outdir"
                         ) from error
         return lines
+
+    def open(self, locks: contextlib.ExitStack) -> None:
+        """Make the folder and keep other runs out of it until `locks` closes. Raises `ManifestError`."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ManifestError(f"cannot make --outdir {self.folder}: {error.strerror}") from error
+        if not lock_folder(self.folder, locks):
+            raise ManifestError(f"another process writes to {self.folder}; choose another --outdir, or use torchrun")
+
+    def begin(self, anew: Iterable[int]) -> None:
+        """Take up what an interrupted run left, except the lines of the seeds `anew`, which will be made again."""
+        dropped = set(anew)
+        if self._files():
+            lines = self._lines(skip_damaged=bool(dropped))
+            self._store({seed: line for seed, line in lines.items() if seed not in dropped})
 
     def missing(self, prompt_of: Mapping[int, str]) -> list[int]:
         """The seeds of `prompt_of` (seed -> prompt) whose image is not here or fails its hash, in order.
@@ -88,7 +107,6 @@ class Manifest:
     @contextlib.contextmanager
     def writer(self, rank: int) -> Iterator[Callable[[int, str], None]]:
         """Gives `add(seed, prompt)`, to be called when the image's file is complete; each line is flushed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"manifest-rank{rank}.jsonl", "a", encoding="utf-8") as stream:
 
             def add(seed: int, prompt: str) -> None:
@@ -105,19 +123,13 @@ class Manifest:
 
             yield add
 
-    def forget(self, seeds: Iterable[int]) -> None:
-        """Drop the lines of `seeds`, and with them every claim on their images."""
-        if self._files():
-            dropped = set(seeds)
-            self._store({seed: line for seed, line in self._lines().items() if seed not in dropped})
-
     def join(self) -> None:
         """Put the lines of all ranks into `manifest.jsonl`, by seed."""
         self._store(self._lines())
 
     def _store(self, lines: Mapping[int, dict]) -> None:
         atomic_write_text(self.path, "".join(json.dumps(lines[seed]) + "\n" for seed in sorted(lines)))
-        for part in self.folder.glob("manifest-rank*.jsonl"):
+        for part in self._parts():
             part.unlink()
 
     def load(self, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch_utils.download_util import check_file_by_key, locate
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
 from training.denoisers.stable_diffusion import StableDiffusion, check_folder
 
-__all__ = ["BACKBONES", "Denoiser", "ModelError", "TextCond", "check_model", "create_model"]
+__all__ = ["BACKBONES", "EMBEDDED", "Denoiser", "ModelError", "TextCond", "check_model", "create_model", "find_model"]
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "src" / "embedded"
 
@@ -58,6 +58,21 @@ def check_model(
     return folder
 
 
+def find_model(
+    dataset_name: str,
+    guidance_type: str = "cfg",
+    guidance_rate: float = 7.5,
+    model_path: str | Path | None = None,
+    precision: str = "float32",
+) -> Path:
+    """The folder that `create_model` will read, downloaded if need be; arguments and errors are the same."""
+    folder = check_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
+    if folder is None:
+        folder = check_file_by_key(BACKBONES[dataset_name].asset)
+        check_folder(folder)
+    return folder
+
+
 def create_model(
     dataset_name: str,
     guidance_type: str = "cfg",
@@ -76,8 +91,5 @@ def create_model(
 
     Raises `ModelError` or `DownloadError`, one line, when the weights or the arguments will not do.
     """
-    folder = check_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
-    if folder is None:
-        folder = check_file_by_key(BACKBONES[dataset_name].asset)
-        check_folder(folder)
+    folder = find_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
     return StableDiffusion(folder, dataset_name, guidance_rate, torch.device(device), precision)

@@ -159,7 +159,7 @@ def check_folder(folder: Path) -> None:
         scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
         schedule, prediction = scheduler["beta_schedule"], scheduler.get("prediction_type", "epsilon")
         complete = all(name in scheduler for name in ("beta_start", "beta_end", "num_train_timesteps"))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}/scheduler/scheduler_config.json is not a scheduler configuration") from error
     if schedule != "scaled_linear" or prediction != "epsilon" or not complete:
         raise ModelError(

@@ -127,6 +127,10 @@ CHOICES = {
     "ppo.baseline": ("prompt", "legacy_mixed"),
     "ppo.learning_rate_schedule": ("linear", "constant"),
 }
+# Owned by training.denoisers and training.ppo.reward_multi, which need torch; a test keeps them in step.
+BACKBONE_NAMES = ("emoji", "ms_coco")
+GUIDANCE_TYPES = ("cfg",)
+REWARD_NAMES = ("hps", "emoji_reward", "emoji_heldout")
 # Inclusive lower limits; a null value is not checked.
 AT_LEAST = {
     "run.seed": 0,
@@ -316,6 +320,20 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"ppo.rollout_batch_size={config.ppo.rollout_batch_size} is not a multiple of the {world_size} processes; "
             "change it or --nproc_per_node"
         )
+
+
+def check_names(config: Config) -> None:
+    """Raise `ConfigError` for a backbone, kind of guidance or reward that the project does not have."""
+    for key, value, known in (
+        ("model.dataset_name", config.model.dataset_name, BACKBONE_NAMES),
+        ("model.guidance_type", config.model.guidance_type, GUIDANCE_TYPES),
+        ("reward.type", config.reward.type, REWARD_NAMES),
+        *(("evaluation.metrics", name, REWARD_NAMES) for name in config.evaluation.metrics),
+    ):
+        if value not in known:
+            raise ConfigError(f"{key}={value} is unknown; use one of {', '.join(known)}")
+    if config.reward.enable_amp and config.reward.type != "hps":
+        raise ConfigError(f"reward.enable_amp is for hps only; {config.reward.type} is computed in float32")
 
 
 def check_files(config: Config) -> None:

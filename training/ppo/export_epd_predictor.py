@@ -41,8 +41,8 @@ def export_predictor(run_dir: Path, checkpoint: Path | None = None) -> Path:
     if config.ppo.train_scale_time:
         table = replace(table, scale_time_range=0.0)
     snapshot = directory.export / f"network-snapshot-export-step{state['step']:06d}.pkl"
+    save_table(table, snapshot)  # first: it can refuse scales that its format does not hold
     save_table(table, snapshot.with_suffix(".safetensors"))
-    save_table(table, snapshot)
     options = {
         "snapshot": snapshot.name,
         "table_sha256": table.sha256(),

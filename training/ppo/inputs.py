@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch_utils.distributed import print0
 from torch_utils.download_util import check_file_by_key
-from training.denoisers import check_model
+from training.denoisers import check_model, find_model
 from training.ppo.cold_start import cold_start_table
 from training.ppo.config import Config, ConfigError, ModelConfig
 from training.ppo.reward_multi import check_reward_weights
@@ -27,12 +27,14 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Read the start table and the prompts, find the weights. Raises `UserError` subclasses, one line each."""
     model = config.model
-    check_model(model.dataset_name, model.guidance_type, model.guidance_rate, model.model_path, model.precision)
+    named = model.dataset_name, model.guidance_type, model.guidance_rate, model.model_path, model.precision
+    check_model(*named)
     start = start_table(config)
     prompts, evaluation_prompts = split_prompts(config)
     check_reward_weights(config.reward.type, config.reward.weights_path)
     for metric in config.evaluation.metrics:
         check_reward_weights(metric)
+    find_model(*named)  # last, because it may download gigabytes
     return Inputs(start, prompts, evaluation_prompts)
 
 
@@ -86,6 +88,10 @@ def split_prompts(config: Config) -> tuple[list[str], list[str]]:
         held_out = prompts[-evaluation.num_prompts :]
     else:
         held_out = load_prompts(evaluation.prompt_file)[: evaluation.num_prompts]
+        if len(held_out) < evaluation.num_prompts:
+            raise ConfigError(
+                f"evaluation.num_prompts={evaluation.num_prompts}, but {evaluation.prompt_file} has {len(held_out)}"
+            )
     excluded = set(held_out)
     training = [prompt for prompt in prompts if prompt not in excluded]
     if not training:

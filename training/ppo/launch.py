@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.config import Config, ConfigError, check_files, check_world_size, load_config, to_yaml
+from training.ppo.config import (
+    Config,
+    ConfigError,
+    check_files,
+    check_names,
+    check_world_size,
+    load_config,
+    to_yaml,
+)
 
 if TYPE_CHECKING:
     from training.denoisers.base import Denoiser
     from training.ppo.inputs import Inputs
     from training.ppo.reward_base import Reward
 
+# `RunDirectory` owns these names, but needs torch; a test keeps them in step.
 CONFIG_IN_RUN = Path("configs/resolved_config.yaml")
+START_IN_RUN = Path("configs/start_table.safetensors")
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,11 @@ def launch(config: Config, resume: str, device: str) -> int:
     """
     from torch_utils import distributed
     from training.ppo.inputs import load_inputs
-    from training.ppo.run_dir import on_main
 
     distributed.init(device)
     try:
         check_world_size(config, distributed.world_size())
-        inputs = on_main(lambda: load_inputs(config))
+        inputs = distributed.on_main(lambda: load_inputs(config))
         return train(config, inputs, load_models(config), resume)
     finally:
         distributed.shutdown()
@@ -95,7 +104,9 @@ def train(config: Config, inputs: Inputs, models: Models, resume: str) -> int:
         if checkpoint is not None:
             trainer.resume(checkpoint)
         distributed.print0(f"run folder {directory.path}, {trainer.step} of {config.ppo.steps} steps done")
-        return trainer.train(stop)
+        signum = trainer.train(stop)
+        distributed.print0(directory.path, file=sys.stdout)
+        return signum
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -113,20 +124,23 @@ def main(config_path: Path | None, overrides: tuple[str, ...], resume: str, devi
     """Train a solver table with PPO and keep everything in <run.output_root>/<timestamp>-<run.run_name>/.
 
     \b
-    auto   continues the newest unfinished run of the same name and configuration, else begins a new one
+    auto   continues the newest run of the same name and configuration, else begins a new one
     never  begins a new run
     DIR    continues this run; --config may be left out
 
-    Ctrl-C and SIGTERM finish the current step, save, and exit with 130 or 143. Example:
+    Ctrl-C and SIGTERM finish the current step, save, and exit with 130 or 143. The run folder goes to stdout. Example:
 
     \b
     torchrun --nproc_per_node=8 -m training.ppo.launch --config training/ppo/cfgs/sd15_parallel.yaml
     """
-    if config_path is None:
-        if resume in ("auto", "never"):
-            raise ConfigError("--config FILE is missing; the presets are in training/ppo/cfgs/")
-        config_path = Path(resume) / CONFIG_IN_RUN
-    config = load_config(config_path, overrides)
+    by_run = config_path is None
+    if by_run and resume in ("auto", "never"):
+        raise ConfigError("--config FILE is missing; the presets are in training/ppo/cfgs/")
+    config = load_config(Path(resume) / CONFIG_IN_RUN if by_run else config_path, overrides)
+    if by_run and (Path(resume) / START_IN_RUN).is_file():
+        # The run's own copy: the file that it was copied from may be gone.
+        config.data.predictor_snapshot = str(Path(resume) / START_IN_RUN)
+    check_names(config)
     check_files(config)
     if dry_run:
         click.echo(to_yaml(config), nl=False)

@@ -25,11 +25,15 @@ V20_SHA256_START = "07cb0d20"
 def find_hps_weights(path: str | Path | None = None) -> Path:
     """The HPSv2.1 checkpoint: `path`, or the cached file, fetched on first use (`HPS_ROOT` moves the cache).
 
+    A path that ends in the published file's name and is not there also means the cached file.
+
     Raises `UserError` naming the file, its source and the folder it belongs in.
     """
     if path is None:
         return check_file_by_key(METRIC)
     path = Path(path)
+    if not path.is_file() and path.name == PUBLISHED.name:
+        return check_file_by_key(METRIC)
     if not path.is_file():
         raise UserError(
             f"{path} is missing: download {PUBLISHED.name} from {ASSET.source()} into {path.parent}, or leave the "

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch_utils import distributed
-from torch_utils.checkpoint import CheckpointError, atomic_write_text, load_checkpoint
+from torch_utils.checkpoint import CheckpointError, atomic_write_text, load_checkpoint, lock_folder
 from torch_utils.errors import UserError
 from training.ppo.config import Config, differences, load_config, to_yaml
 from training.ppo.policy import EPDParamPolicy
 from training.table import SolverTable, load_table, save_table
-
-T = TypeVar("T")
 
 # What may change when a run is resumed by name: how long it runs, how often it reports, where and how fast.
 FREE_KEYS = re.compile(
@@ -98,39 +94,24 @@ class RunDirectory:
         return load_config(self.config), load_table(self.start_table)
 
 
-def on_main(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and give its result to all ranks; its `UserError` ends them all, told once."""
-    outcome: T | UserError | None = None
-    if distributed.is_main():
-        try:
-            outcome = function()
-        except UserError as error:
-            outcome = error
-    outcome = distributed.broadcast_object(outcome)
-    if isinstance(outcome, UserError):
-        if distributed.is_main():
-            raise outcome
-        sys.exit(2)
-    return outcome
-
-
 @contextlib.contextmanager
 def open_run(config: Config, start: SolverTable, resume: str) -> Iterator[tuple[RunDirectory, Path | None]]:
     """Make a run folder, or find the one to continue, and keep other processes out of it while the block runs.
 
     Gives, on every rank, the folder and the checkpoint to go on from (None: start at the beginning). `resume` is
-    "never", "auto", or a run folder. "auto" continues the newest folder of the same name whose configuration and start
-    table are equal, which has a checkpoint, is not finished, and which no other process is using. Raises `RunError`.
+    "never", "auto", or a run folder. "auto" continues the newest folder of the same name with the same start table and
+    a configuration that differs in FREE_KEYS at most, but not in `ppo.steps`, which has a checkpoint and which no other
+    process is using; where that run is finished, nothing is left to do. Raises `RunError`.
     """
     with contextlib.ExitStack() as locks:
 
         def choose() -> tuple[RunDirectory, Path | None]:
             if resume not in ("never", "auto"):
                 return _continue_named(config, start, RunDirectory(Path(resume)), locks)
-            found = _find_unfinished(config, start, locks) if resume == "auto" else None
+            found = _find_equal(config, start, locks) if resume == "auto" else None
             return found or (_create(config, start, locks), None)
 
-        yield on_main(choose)
+        yield distributed.on_main(choose)
 
 
 def _continue_named(
@@ -145,7 +126,7 @@ def _continue_named(
     checkpoint = directory.latest_checkpoint()
     if checkpoint is None:
         raise RunError(f"{directory.path} has no checkpoint to resume from; use --resume never")
-    if not _acquire_lock(directory, locks):
+    if not lock_folder(directory.path, locks):
         raise RunError(f"{directory.path} is in use by another process; wait for it, or use --resume never")
     if differing:
         directory.write(config, start)
@@ -165,27 +146,30 @@ def _create(config: Config, start: SolverTable, locks: contextlib.ExitStack) -> 
                 time.sleep(0.2)  # another run began in this second; the next one has a name of its own
     except OSError as error:
         raise RunError(f"cannot make a run folder in {root} (run.output_root): {error.strerror}") from error
-    _acquire_lock(directory, locks)
+    lock_folder(directory.path, locks)
     directory.write(config, start)
     return directory
 
 
-def _find_unfinished(
-    config: Config, start: SolverTable, locks: contextlib.ExitStack
-) -> tuple[RunDirectory, Path] | None:
+def _find_equal(config: Config, start: SolverTable, locks: contextlib.ExitStack) -> tuple[RunDirectory, Path] | None:
     name = re.compile(r"\d{8}-\d{6}-" + re.escape(config.run.run_name))
     root = Path(config.run.output_root)
     for path in sorted(root.glob("*") if root.is_dir() else (), reverse=True):
         directory = RunDirectory(path)
         checkpoint = directory.latest_checkpoint()
-        if not name.fullmatch(path.name) or checkpoint in (None, directory.checkpoint(config.ppo.steps)):
+        if not name.fullmatch(path.name) or checkpoint is None:
             continue
         try:
-            different = set(_changed_keys(directory, config, start)) - {"data.predictor_snapshot"}
+            differing = _changed_keys(directory, config, start)
+            # Another number of steps would end a run early or bend its learning rate: that is asked for by name.
+            equal = all(FREE_KEYS.fullmatch(key) and key != "ppo.steps" for key in differing)
+            if not equal or not lock_folder(directory.path, locks):
+                continue
         except UserError:
-            continue  # a folder of another version, or incomplete: not a run that can be continued
-        if not different and _acquire_lock(directory, locks):
-            return directory, checkpoint
+            continue  # of another version, incomplete, or another user's: not a run that can be continued
+        if differing:
+            directory.write(config, start)
+        return directory, checkpoint
     return None
 
 
@@ -198,18 +182,6 @@ def _changed_keys(directory: RunDirectory, config: Config, start: SolverTable) -
     if start.sha256() != stored_start.sha256():
         changed.append("the start table")
     return changed
-
-
-def _acquire_lock(directory: RunDirectory, locks: contextlib.ExitStack) -> bool:
-    """Whether the folder is now ours until `locks` closes. The system frees it too when the process dies."""
-    file = open(directory.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - stays open with the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return False
-    locks.enter_context(file)
-    return True
 
 
 def restore_policy(policy: EPDParamPolicy, path: Path) -> dict[str, Any]:
