@@ -26,7 +26,7 @@ def pipeline():
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.from_pretrained(
-        EMBEDDED, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True
+        EMBEDDED, dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True
     )
 
 

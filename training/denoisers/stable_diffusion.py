@@ -79,7 +79,7 @@ class StableDiffusion(Denoiser):
         def diffusers_part(kind: type, part: str, dtype: torch.dtype) -> torch.nn.Module:
             # low_cpu_mem_usage would need the accelerate package.
             model = kind.from_pretrained(
-                folder / part, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
+                folder / part, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
             )
             return frozen(model).to(memory_format=torch.channels_last)
 
