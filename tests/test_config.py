@@ -129,7 +129,7 @@ BAD_OVERRIDES = [
     ("data.prompt_csv=/no/such.txt", "data.prompt_csv=/no/such.txt does not exist"),
     ("data.predictor_snapshot=/no/such.pkl", "data.predictor_snapshot=/no/such.pkl does not exist; make a start table"),
     ("evaluation.prompt_file=/no/such.txt", "evaluation.prompt_file=/no/such.txt does not exist"),
-    ("reward.type=hpsv3", "unknown reward 'hpsv3'"),
+    ("reward.type=hpsv3", "reward.type=hpsv3 is unknown; use one of hps"),
     ("reward.weights_path=/no/HPS.pt", "/no/HPS.pt is missing: download HPS_v2.1_compressed.pt from https://"),
     ("evaluation.num_prompts=3", "has no prompt left to train on beside the 3 held out"),
 ]

@@ -407,8 +407,10 @@ def test_the_factory_and_its_door(emoji, hps, tmp_path):
     assert check_reward_weights("hps", hps[0]) == hps[0]
     with pytest.raises(UserError, match="unknown reward 'clip': choose one of hps, emoji_reward, emoji_heldout"):
         check_reward_weights("clip")
-    with pytest.raises(UserError, match=r"HPS_v2\.1_compressed\.pt from https://huggingface\.co/xswu/HPSv2\S* into"):
-        check_reward_weights("hps", tmp_path / "HPS_v2.1_compressed.pt")
+    with pytest.raises(UserError, match=r"HPS_v2\.1_compressed\.pt .*xswu/HPSv2\S* and put it into"):
+        check_reward_weights("hps", tmp_path / "HPS_v2.1_compressed.pt")  # not there, and no network to fetch it
+    with pytest.raises(UserError, match=r"mine\.pt is missing: download HPS_v2\.1_compressed\.pt from \S* into"):
+        check_reward_weights("hps", tmp_path / "mine.pt")
     with pytest.raises(UserError, match=r"config\.json is missing: emoji_reward needs"):
         check_reward_weights("emoji_reward", tmp_path)
     with pytest.raises(UserError, match="float32 only"):

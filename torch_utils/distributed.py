@@ -174,7 +174,6 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     return box[0]
 
 
-@torch.no_grad()
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and give its result to all ranks; its `UserError` ends them all, told once."""
     outcome: T | UserError | None = None
@@ -191,6 +190,7 @@ def on_main(function: Callable[[], T]) -> T:
     return outcome
 
 
+@torch.no_grad()
 def all_reduce_mean_(tensors: Iterable[torch.Tensor]) -> None:
     """Replace each floating-point tensor by its mean over the ranks, in place. Every rank passes the same shapes."""
     for tensor in tensors:
