@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO, TypeVar, overload
 
 import torch
@@ -188,18 +188,6 @@ def on_main(function: Callable[[], T]) -> T:
             raise outcome
         sys.exit(2)
     return outcome
-
-
-@torch.no_grad()
-def all_reduce_mean_(tensors: Iterable[torch.Tensor]) -> None:
-    """Replace each floating-point tensor by its mean over the ranks, in place. Every rank passes the same shapes."""
-    for tensor in tensors:
-        if not tensor.is_floating_point():
-            raise ValueError(f"all_reduce_mean_ needs floating-point tensors, got {tensor.dtype}")
-        if world_size() > 1:
-            total = tensor.detach().to(device(), copy=True)
-            dist.all_reduce(total)
-            tensor.copy_(total / world_size())
 
 
 @overload
