@@ -106,8 +106,7 @@ def check_schedule(
 ) -> None:
     """Raise SolverError for what no model could use; an end of the range that is None is the model's own."""
     check_schedule_type(schedule_type)
-    if num_steps < 2:
-        raise SolverError(f"num_steps must be at least 2 (nodes, so one interval), got {num_steps}")
+    _check_num_steps(num_steps)
     low = 0.0 if sigma_min is None else float(sigma_min)
     high = math.inf if sigma_max is None else float(sigma_max)
     known = [end for end in (sigma_min, sigma_max) if end is not None]
@@ -115,6 +114,11 @@ def check_schedule(
         raise SolverError(f"need 0 < sigma_min < sigma_max, got sigma_min {low:g} and sigma_max {high:g}")
     if not 0 < schedule_rho < math.inf:
         raise SolverError(f"schedule_rho must be positive, got {schedule_rho:g}")
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if num_steps < 2:
+        raise SolverError(f"num_steps must be at least 2 (nodes, so one interval), got {num_steps}")
 
 
 def check_schedule_type(schedule_type: str) -> None:
@@ -233,8 +237,7 @@ def count_nfe(
     Raises SolverError as the solver would.
     """
     check_options(solver, options)
-    if num_steps < 2:
-        raise SolverError(f"num_steps must be at least 2 (nodes, so one interval), got {num_steps}")
+    _check_num_steps(num_steps)
     if num_points < 1:
         raise SolverError(f"num_points must be at least 1, got {num_points}")
     if to_zero and solver not in SOLVERS_TO_ZERO:

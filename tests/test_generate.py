@@ -148,6 +148,17 @@ def test_interrupted_run_leaves_lines_that_the_next_one_uses(tmp_path):
     assert [json.loads(line)["seed"] for line in (out / "manifest.jsonl").read_text().splitlines()] == [0, 1]
 
 
+def test_a_run_cut_off_before_its_manifest_needs_no_new_image(tmp_path):
+    out = tmp_path / "out"
+    write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=2, device="cpu")
+    (out / "manifest.jsonl").rename(out / "manifest-rank0.jsonl")
+    before = pngs(out)
+    write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=2, device="cpu")
+    assert pngs(out) == before
+    assert [json.loads(line)["seed"] for line in (out / "manifest.jsonl").read_text().splitlines()] == [0, 1]
+    assert not list(out.glob("manifest-rank*"))
+
+
 def test_other_plan_is_refused_and_overwrite_replaces(tmp_path):
     out = tmp_path / "out"
     write_images(PLAN, [0], PROMPTS[:1], out, batch=1, device="cpu")

@@ -205,6 +205,8 @@ def _prepare(
     todo = list(prompt_of) if overwrite else manifest.missing(prompt_of)
     find_model(plan.dataset_name, plan.guidance_type, plan.guidance_rate, plan.model_path, plan.precision)
     manifest.open(locks)
+    if not todo:
+        manifest.begin([])  # the last run may have been cut off between its last image and the joined manifest
     return manifest, todo
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
 
-PARTS = ("vae", "text_encoder", "unet")
 WEIGHT_FILES = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
@@ -151,7 +150,7 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"model folder {folder} does not exist; give a folder in diffusers' layout")
     needed = ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"]
-    needed += [f"{part}/{name}" for part in PARTS for name in ("config.json", WEIGHT_FILES[part])]
+    needed += [f"{part}/{name}" for part, weights in WEIGHT_FILES.items() for name in ("config.json", weights)]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"model folder {folder} lacks {', '.join(missing)}")
