@@ -2,7 +2,7 @@
 
 All share one call: `name_sampler(net, x, sigmas, cond=None, *, <options>, afs=False, callback=None) -> x`.
 
-* `net`: a Denoiser; only `net.slope(x, sigma, cond)` and `net.is_flow` are used.
+* `net`: a Denoiser; only `net.slope(x, sigma, cond)` and `net.is_flow` are used, and `net.sigma_inv` by deis.
 * `x`: the state `[B,C,H,W]` at `sigmas[0]`. float64 stays float64, everything else becomes float32.
 * `sigmas`: nodes `[N]` that fall strictly (see `solver_utils.get_schedule`); float64 keeps them exact.
 * `cond`: None, or a condition of B rows with `.repeat_interleave(k)`.
@@ -12,26 +12,38 @@ All share one call: `name_sampler(net, x, sigmas, cond=None, *, <options>, afs=F
 The result is always the final state. The network gets float64 sigmas on x.device, 0-dim or one per row. Noise levels
 and table entries are put on x.device before the loop and every decision is taken there, so the loop never waits for
 the device. What a user can get wrong raises SolverError before the first evaluation. In the code t = sigma_i and
-u = sigma_{i+1}.
+u = sigma_{i+1}; the data prediction of a slope d at (x, t) is x - t d, for flow models too.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from solver_utils import SolverError, adams_bashforth, check_nodes, check_options, get_schedule
+from solver_utils import (
+    ADAMS_BASHFORTH,
+    SolverError,
+    adams_weights,
+    check_nodes,
+    check_options,
+    dpmpp_weights,
+    get_schedule,
+    half_logsnr,
+    multistep_orders,
+    unipc_weights,
+)
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
 def ddim_sampler(net, x: Tensor, sigmas: Tensor, cond=None, *, afs=False, callback: Callback | None = None) -> Tensor:
-    """DDIM, the Euler step in sigma (arXiv 2010.02502, Eq. 13 with its ODE, Eq. 14). Order 1, one evaluation."""
+    """DDIM, the Euler step in sigma (arXiv 2010.02502, Eq. 12 with no noise added). Order 1, one evaluation."""
     check_nodes("ddim", sigmas, net.is_flow, afs)
 
     def step(i, x, t, u):
@@ -125,7 +137,7 @@ def edm_sampler(
 
 
 def ipndm_sampler(
-    net, x: Tensor, sigmas: Tensor, cond=None, *, max_order: int = 4, afs=False, callback: Callback | None = None
+    net, x: Tensor, sigmas: Tensor, cond=None, *, max_order: int = 2, afs=False, callback: Callback | None = None
 ) -> Tensor:
     """iPNDM: Adams-Bashforth of order `max_order` 1-4 (PNDM, arXiv 2202.09778, Eq. 12; DEIS, arXiv 2204.13902).
 
@@ -133,50 +145,210 @@ def ipndm_sampler(
     `max_order` above 1 the error falls like h^2 in the end, with a smaller constant. One evaluation.
     """
     check_options("ipndm", {"max_order": max_order})
-    check_nodes("ipndm", sigmas, net.is_flow, afs)
-    history = deque(maxlen=max_order)
+    nodes = check_nodes("ipndm", sigmas, net.is_flow, afs)
+    orders = [min(i + 1, max_order) for i in range(len(nodes) - 1)]
+    weights = [[(u - t) * b for b in ADAMS_BASHFORTH[k]] for (t, u), k in zip(pairwise(nodes), orders, strict=True)]
+    return _multistep(net, x, sigmas, cond, weights, afs, callback)
+
+
+def ipndm_v_sampler(
+    net, x: Tensor, sigmas: Tensor, cond=None, *, max_order: int = 2, afs=False, callback: Callback | None = None
+) -> Tensor:
+    """iPNDM with the weights of the real, unequal steps: variable-step Adams-Bashforth in sigma, order 1-4.
+
+    The same as rhoAB-DEIS (arXiv 2204.13902, Eq. 15 with the polynomial in rho = sigma). The low-order start holds the
+    order at 2 in the end for every `max_order` above 1. One evaluation.
+    """
+    check_options("ipndm_v", {"max_order": max_order})
+    nodes = check_nodes("ipndm_v", sigmas, net.is_flow, afs)
+    weights = adams_weights(nodes, max_order, lambda sigma: sigma)
+    return _multistep(net, x, sigmas, cond, weights, afs, callback)
+
+
+def deis_sampler(
+    net, x: Tensor, sigmas: Tensor, cond=None, *, max_order: int = 2, afs=False, callback: Callback | None = None
+) -> Tensor:
+    """tAB-DEIS: the slope as a polynomial in the model's own time `net.sigma_inv(sigma)` (arXiv 2204.13902, Eq. 15).
+
+    `max_order` 1-4 counts slopes; the paper counts the polynomial's degree, so that 2, 3, 4 are its tAB1, tAB2, tAB3.
+    The low-order start holds the order at 2 in the end for every `max_order` above 1. One evaluation.
+    """
+    check_options("deis", {"max_order": max_order})
+    nodes = check_nodes("deis", sigmas, net.is_flow, afs)
+    return _multistep(net, x, sigmas, cond, adams_weights(nodes, max_order, net.sigma_inv), afs, callback)
+
+
+def dpmpp_sampler(
+    net,
+    x: Tensor,
+    sigmas: Tensor,
+    cond=None,
+    *,
+    max_order: int = 2,
+    lower_order_final: bool = True,
+    afs=False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DPM-Solver++ multistep, data prediction (arXiv 2211.01095, Algorithm 2 for order 2; see `dpmpp_weights`).
+
+    `max_order` 1-3, less while the history fills and, with `lower_order_final`, in the last intervals. That start, and
+    the published weights of order 3, hold the observed order at 2 for `max_order` 3. One evaluation.
+    """
+    check_options("dpmpp", {"max_order": max_order})
+    nodes = check_nodes("dpmpp", sigmas, net.is_flow, afs)
+    lams = half_logsnr(torch.tensor(nodes, dtype=torch.float64), net.is_flow)
+    weights = [
+        dpmpp_weights(lams[i + 1], lams[i - order + 1 : i + 1].tolist()[::-1]).tolist()
+        for i, order in enumerate(multistep_orders(lams.tolist(), max_order, lower_order_final))
+    ]
+    data = deque(maxlen=max_order)
 
     def step(i, x, t, u):
-        history.appendleft(_node_slope(net, x, t, cond, afs and i == 0))
-        return x + (u - t) * adams_bashforth(history)
+        data.appendleft(x - t * _node_slope(net, x, t, cond, afs and i == 0))
+        return u / t * x + (1 - u / t) * _weighted_sum(weights[i], data)
+
+    return _walk(step, x, sigmas, callback)
+
+
+def unipc_sampler(
+    net,
+    x: Tensor,
+    sigmas: Tensor,
+    cond=None,
+    *,
+    max_order: int = 2,
+    variant: str = "bh2",
+    lower_order_final: bool = True,
+    afs=False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """UniPC (arXiv 2302.04867, Algorithms 1 and 2 for data prediction; `variant` is B(h), see `unipc_weights`).
+
+    The slope at a predicted node first corrects that node (UniC), then predicts the next one (UniP), so correcting is
+    free; the last node stays predicted. `max_order` 1-3 as in `dpmpp_sampler`; the callback sees predicted states.
+    The corrector adds one to the order: 2, 3, and 4 until the start's order 3 shows; with `lower_order_final` the last
+    step holds it at 2. One evaluation.
+    """
+    check_options("unipc", {"max_order": max_order, "variant": variant})
+    nodes = check_nodes("unipc", sigmas, net.is_flow, afs)
+    lams = half_logsnr(torch.tensor(nodes, dtype=torch.float64), net.is_flow).tolist()
+    predict, correct = [], []
+    for i, order in enumerate(multistep_orders(lams, max_order, lower_order_final)):
+        known = lams[i - order + 1 : i + 1][::-1]
+        predict.append(unipc_weights(lams[i + 1], known, variant, corrector=False))
+        can_correct = i + 2 < len(nodes) and math.isfinite(lams[i])  # the step from pure noise has an infinite h
+        correct.append(unipc_weights(lams[i + 1], known, variant, corrector=True) if can_correct else None)
+    data = deque(maxlen=max_order)
+    last = []  # node and corrected state there
+
+    def step(i, x, t, u):
+        new = x - t * _node_slope(net, x, t, cond, afs and i == 0)
+        if i > 0 and correct[i - 1] is not None:
+            s, x_s = last
+            x = t / s * x_s + (1 - t / s) * _weighted_sum(correct[i - 1], [new, *data])
+        data.appendleft(new)
+        last[:] = t, x
+        return u / t * x + (1 - u / t) * _weighted_sum(predict[i], data)
 
     return _walk(step, x, sigmas, callback)
 
 
 def epd_sampler(
-    net, x: Tensor, sigmas: Tensor, cond=None, *, table, afs=False, callback: Callback | None = None
+    net,
+    x: Tensor,
+    sigmas: Tensor,
+    cond=None,
+    *,
+    table,
+    max_rows: int | None = None,
+    afs=False,
+    callback: Callback | None = None,
 ) -> Tensor:
     """EPD-Solver (arXiv 2507.14797, Sec. 3; 2512.22796, Sec. III): K slopes in parallel, then their weighted mean.
 
     `table` is a SolverTable of `[N-1,K]` rows, or `[B,N-1,K]` for one table per sample. One interval costs 1 + K
-    evaluations in two calls, the second of B*K rows.
+    evaluations in two calls, the second of B*K rows; `max_rows` splits a call that would not fit, for the same result.
     """
+    check_options("epd", {"max_rows": max_rows})
     check_nodes("epd", sigmas, net.is_flow, afs)
-    ensemble_slope = _ensemble(net, x, sigmas, cond, table)
+    net = _InParts(net, max_rows)
+    points = _Points.of_table(x, sigmas, cond, table)
 
     def step(i, x, t, u):
         d = _node_slope(net, x, t, cond, afs and i == 0)
-        return x + (u - t) * ensemble_slope(i, x, d)
+        return x + (u - t) * points.ensemble_slope(net, i, x, d)
 
     return _walk(step, x, sigmas, callback)
 
 
 def epd_ipndm_sampler(
-    net, x: Tensor, sigmas: Tensor, cond=None, *, table, max_order: int = 4, afs=False, callback: Callback | None = None
+    net,
+    x: Tensor,
+    sigmas: Tensor,
+    cond=None,
+    *,
+    table,
+    max_order: int = 2,
+    max_rows: int | None = None,
+    afs=False,
+    callback: Callback | None = None,
 ) -> Tensor:
     """EPD as a plug-in for iPNDM (arXiv 2507.14797, "EPD-Plugin", as its published `ipndm_sampler` computes it).
 
     The Adams-Bashforth direction of the node slopes, not the last slope alone, leads to the intermediate points; the
-    ensemble of the slopes there makes the step. `max_order` 1 is `epd_sampler`. Table and cost as there.
+    ensemble of the slopes there makes the step. `max_order` 1 is `epd_sampler`. Table, cost, `max_rows` as there.
     """
-    check_options("epd_ipndm", {"max_order": max_order})
+    check_options("epd_ipndm", {"max_order": max_order, "max_rows": max_rows})
     check_nodes("epd_ipndm", sigmas, net.is_flow, afs)
-    ensemble_slope = _ensemble(net, x, sigmas, cond, table)
+    net = _InParts(net, max_rows)
+    points = _Points.of_table(x, sigmas, cond, table)
     history = deque(maxlen=max_order)
 
     def step(i, x, t, u):
         history.appendleft(_node_slope(net, x, t, cond, afs and i == 0))
-        return x + (u - t) * ensemble_slope(i, x, adams_bashforth(history))
+        direction = _weighted_sum(ADAMS_BASHFORTH[len(history)], history)
+        return x + (u - t) * points.ensemble_slope(net, i, x, direction)
+
+    return _walk(step, x, sigmas, callback)
+
+
+def epd_dpmpp_sampler(
+    net,
+    x: Tensor,
+    sigmas: Tensor,
+    cond=None,
+    *,
+    table,
+    max_order: int = 2,
+    lower_order_final: bool = True,
+    max_rows: int | None = None,
+    afs=False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """EPD as a plug-in for DPM-Solver++ ("EPD-Plugin" of arXiv 2507.14797 carried over to 2211.01095, Algorithms 1-2).
+
+    Multistep DPM-Solver++ from the node to each tau_k leads to the points, and the ensemble of their data predictions,
+    sum_k w_k (x_k - tau_k c_k d_k), takes its place in the exponential step. With `max_order` 1 and the one point 1/2
+    this is DPM-Solver++(2S). Order 2 for points with mean 1/2. Table, cost, `max_rows` as in `epd_sampler`.
+    """
+    check_options("epd_dpmpp", {"max_order": max_order, "max_rows": max_rows})
+    nodes = check_nodes("epd_dpmpp", sigmas, net.is_flow, afs)
+    net = _InParts(net, max_rows)
+    points = _Points.of_table(x, sigmas, cond, table)
+    lams = half_logsnr(torch.tensor(nodes, dtype=torch.float64), net.is_flow).tolist()
+    lam_points = half_logsnr(points.tau, net.is_flow)  # [N-1, B, K]
+    weights = []  # of each interval: order times [B, K, 1, 1, 1]
+    for i, order in enumerate(multistep_orders(lams, max_order, lower_order_final)):
+        rows = dpmpp_weights(lam_points[i], lams[i - order + 1 : i + 1][::-1])
+        weights.append(_per_point(rows, x).unbind(2))
+    share = _per_point(points.tau / points.t, x)
+    data = deque(maxlen=max_order)
+
+    def step(i, x, t, u):
+        data.appendleft(x - t * _node_slope(net, x, t, cond, afs and i == 0))
+        predicted = _weighted_sum(weights[i], [part[:, None] for part in data])
+        x_k = share[i] * x[:, None] + (1 - share[i]) * predicted
+        return u / t * x + (1 - u / t) * points.ensemble_data(net, i, x_k)
 
     return _walk(step, x, sigmas, callback)
 
@@ -188,8 +360,13 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
     "heun": heun_sampler,
     "edm": edm_sampler,
     "ipndm": ipndm_sampler,
+    "ipndm_v": ipndm_v_sampler,
+    "deis": deis_sampler,
+    "dpmpp": dpmpp_sampler,
+    "unipc": unipc_sampler,
     "epd": epd_sampler,
     "epd_ipndm": epd_ipndm_sampler,
+    "epd_dpmpp": epd_dpmpp_sampler,
 }
 
 
@@ -219,36 +396,94 @@ def _node_slope(net, x: Tensor, t: Tensor, cond, analytical: bool) -> Tensor:
     return x / (1 + t**2).sqrt() if analytical else net.slope(x, t, cond)
 
 
-def _ensemble(net, x: Tensor, sigmas: Tensor, cond, table) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """`ensemble_slope(i, x, d)` = sum_k w_k c_k d_k `[B,C,H,W]` of interval i, its points reached along d.
+def _multistep(
+    net, x: Tensor, sigmas: Tensor, cond, weights: Sequence[Sequence[float]], afs: bool, callback: Callback | None
+) -> Tensor:
+    """x_u = x_t + sum_j weights[i][j] d_j over the last slopes, newest first."""
+    history = deque(maxlen=max(len(row) for row in weights))
 
-    tau_k = u^r_k t^(1-r_k), x_k = x + (tau_k - t) d, d_k = a_k slope(x_k, a_k tau_k): r, w, a, c are the table's
-    positions, weights, scale_time and scale_dir. One call of B*K rows, sample-major (row b*K + k).
+    def step(i, x, t, u):
+        history.appendleft(_node_slope(net, x, t, cond, afs and i == 0))
+        return x + _weighted_sum(weights[i], history)
+
+    return _walk(step, x, sigmas, callback)
+
+
+def _weighted_sum(weights: Sequence[float | Tensor], history: Iterable[Tensor]) -> Tensor:
+    """Of the newest entries, as many as there are weights."""
+    return sum(weight * part for weight, part in zip(weights, history, strict=False))
+
+
+def _per_point(part: Tensor, x: Tensor) -> Tensor:
+    """`[...]` => `[..., 1, 1, 1]` in the state's dtype on its device."""
+    return part[..., None, None, None].to(x.device, _state(x).dtype)
+
+
+class _InParts:
+    """`net` asked for at most `max_rows` rows at a time (None: no limit)."""
+
+    def __init__(self, net, max_rows: int | None):
+        self.net, self.max_rows, self.is_flow = net, max_rows, net.is_flow
+
+    def slope(self, x: Tensor, sigma: Tensor, cond) -> Tensor:
+        if self.max_rows is None or len(x) <= self.max_rows:
+            return self.net.slope(x, sigma, cond)
+        sigma = sigma.expand(len(x))
+        parts = [slice(first, first + self.max_rows) for first in range(0, len(x), self.max_rows)]
+        return torch.cat([self.net.slope(x[rows], sigma[rows], None if cond is None else cond[rows]) for rows in parts])
+
+
+@dataclass(frozen=True)
+class _Points:
+    """The K points of every interval, and what is made of the slopes there: d_k = a_k slope(x_k, a_k tau_k).
+
+    tau_k = u^r_k t^(1-r_k); r, w, a, c are the table's positions, weights, scale_time and scale_dir. All points of an
+    interval are one call of B*K rows, sample-major (row b*K + k).
     """
-    batch, shape = len(x), tuple(table.positions.shape)
-    if shape[:-1] not in ((len(sigmas) - 1,), (batch, len(sigmas) - 1)):
-        raise SolverError(
-            f"table of shape {shape} does not fit: {len(sigmas)} sigmas and {batch} samples need "
-            f"({len(sigmas) - 1}, K) or ({batch}, {len(sigmas) - 1}, K)"
+
+    t: Tensor  # [N-1, 1, 1] float64, on the CPU like tau
+    tau: Tensor  # [N-1, B, K]
+    times: Tensor  # [N-1, B*K] float64: a_k tau_k, on the state's device like all that follow
+    reach: Tensor  # [N-1, B, K, 1, 1, 1]: tau_k - t
+    gain: Tensor  # w_k c_k a_k
+    gain_tau: Tensor  # w_k c_k a_k tau_k
+    weights: Tensor  # w_k
+    cond: object  # B*K rows, or None
+
+    @classmethod
+    def of_table(cls, x: Tensor, sigmas: Tensor, cond, table) -> _Points:
+        batch, shape = len(x), tuple(table.positions.shape)
+        if shape[:-1] not in ((len(sigmas) - 1,), (batch, len(sigmas) - 1)):
+            raise SolverError(
+                f"table of shape {shape} does not fit: {len(sigmas)} sigmas and {batch} samples need "
+                f"({len(sigmas) - 1}, K) or ({batch}, {len(sigmas) - 1}, K)"
+            )
+        r, w, a, c = (
+            part.to("cpu", torch.float64).expand(batch, -1, -1).transpose(0, 1)  # [N-1, B, K]
+            for part in (table.positions, table.weights, table.scale_time, table.scale_dir)
         )
-    num_points = shape[-1]
-    r, w, a, c = (
-        part.to("cpu", torch.float64).expand(batch, -1, -1).transpose(0, 1)  # [N-1, B, K]
-        for part in (table.positions, table.weights, table.scale_time, table.scale_dir)
-    )
-    nodes = sigmas.to("cpu", torch.float64)[:, None, None]
-    t, u = nodes[:-1], nodes[1:]
-    tau = u**r * t ** (1 - r)
-    times = (a * tau).flatten(1).to(x.device)  # [N-1, B*K]
-    reach, gain = (
-        part[..., None, None, None].to(x.device, _state(x).dtype)  # [N-1, B, K, 1, 1, 1]
-        for part in (tau - t, w * c * a)
-    )
-    cond_rows = None if cond is None else cond.repeat_interleave(num_points)
+        nodes = sigmas.to("cpu", torch.float64)[:, None, None]
+        t, u = nodes[:-1], nodes[1:]
+        tau = u**r * t ** (1 - r)
+        return cls(
+            t=t,
+            tau=tau,
+            times=(a * tau).flatten(1).to(x.device),
+            reach=_per_point(tau - t, x),
+            gain=_per_point(w * c * a, x),
+            gain_tau=_per_point(w * c * a * tau, x),
+            weights=_per_point(w, x),
+            cond=None if cond is None else cond.repeat_interleave(shape[-1]),
+        )
 
-    def ensemble_slope(i, x, d):
-        points = x[:, None] + reach[i] * d[:, None]  # [B, K, C, H, W]
-        slopes = net.slope(points.flatten(0, 1), times[i], cond_rows).unflatten(0, (batch, num_points))
-        return (gain[i] * slopes).sum(1)
+    def ensemble_slope(self, net, i: int, x: Tensor, d: Tensor) -> Tensor:
+        """sum_k w_k c_k d_k `[B,C,H,W]` of interval i, its points x_k = x + (tau_k - t) d reached along `d`."""
+        return (self.gain[i] * self._slopes(net, i, x[:, None] + self.reach[i] * d[:, None])).sum(1)
 
-    return ensemble_slope
+    def ensemble_data(self, net, i: int, x_k: Tensor) -> Tensor:
+        """sum_k w_k (x_k - tau_k c_k d_k) `[B,C,H,W]` of interval i at the points `x_k [B,K,C,H,W]`."""
+        return (self.weights[i] * x_k - self.gain_tau[i] * self._slopes(net, i, x_k)).sum(1)
+
+    def _slopes(self, net, i: int, x_k: Tensor) -> Tensor:
+        """slope(x_k, a_k tau_k) `[B,K,C,H,W]`."""
+        return net.slope(x_k.flatten(0, 1), self.times[i], self.cond).unflatten(0, x_k.shape[:2])

@@ -239,7 +239,7 @@ KNOWN = {
     "training.ppo.launch",
     "training.ppo.scripts",
     "training.ppo.scripts.score_hps",
-    "tests.closed_form",
+    "benchmarks.closed_form",
 }
 
 
@@ -250,7 +250,7 @@ KNOWN = {
         ("torch_utils.errors", "def f():\n    from training import table", "training.table"),
         ("training.table", "from .ppo.launch import main", "training.ppo.launch"),
         ("training.ppo.policy", "from .. import ppo\nfrom . import launch", "training.ppo.launch"),
-        ("training.ppo.policy", "from tests.closed_form import net", "tests.closed_form"),
+        ("training.ppo.policy", "from benchmarks.closed_form import net", "benchmarks.closed_form"),
         ("training.ppo.launch", "import sample as s", "sample"),
         ("training.ppo.launch", "from training.ppo.scripts.score_hps import x", "training.ppo.scripts.score_hps"),
         ("sample", "from fake_train import main", "fake_train"),
@@ -268,7 +268,7 @@ def test_planted_upward_imports_are_found(module, source, target):
         ("training.ppo.launch", "from training.ppo.policy import A\nfrom training import table\nimport torch"),
         ("training.table", "import torch_utils.errors\nfrom solvers import SOLVERS"),
         ("sample", "from training.ppo.launch import main"),
-        ("tests.test_sample", "from sample import main\nimport tests.closed_form"),
+        ("tests.test_sample", "from sample import main\nimport benchmarks.closed_form"),
     ],
 )
 def test_downward_imports_pass(module, source):

@@ -68,9 +68,7 @@ def layer_norm(x, weight, bias):
 
 def attention(x, layer, heads, causal):
     rows, width = x.shape
-    q, k, v = (
-        (x @ layer[f"{n}.weight"].T + layer[f"{n}.bias"]).reshape(rows, heads, -1).swapaxes(0, 1) for n in "qkv"
-    )
+    q, k, v = ((x @ layer[f"{n}.weight"].T + layer[f"{n}.bias"]).reshape(rows, heads, -1).swapaxes(0, 1) for n in "qkv")
     logits = q @ k.swapaxes(1, 2) / math.sqrt(width // heads)
     if causal:
         logits = np.where(np.tril(np.ones((rows, rows), bool)), logits, -np.inf)

@@ -1,77 +1,26 @@
-"""Solvers against exact trajectories, their orders of convergence, and independent implementations; float64 on CPU."""
+"""What every solver is tested for: exact trajectories, order of convergence, and the shared call; float64 on CPU."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from closed_form import MixtureDenoiser, ShiftCond, gaussian_solution, reference_solution
+from solver_runs import F64, SIGMA0, SIGMA1, constant_table, make_table, random_table, run, variants
 
-from solver_utils import SOLVER_OPTIONS, SOLVERS_TO_ZERO, SolverError, adams_bashforth, check_options, get_schedule
-from solvers import SOLVERS, epd_ipndm_sampler, epd_sampler
-
-SIGMA0, SIGMA1 = 10.0, 0.05
-F64 = torch.float64
-
-
-def make_table(positions, weights, scale_time=None, scale_dir=None):
-    """What a SolverTable holds, without its validation, so that equal points can be tried."""
-    r, w = torch.as_tensor(positions, dtype=F64), torch.as_tensor(weights, dtype=F64)
-    ones = torch.ones_like(r)
-    return SimpleNamespace(
-        positions=r,
-        weights=w,
-        scale_time=ones if scale_time is None else torch.as_tensor(scale_time, dtype=F64),
-        scale_dir=ones if scale_dir is None else torch.as_tensor(scale_dir, dtype=F64),
-    )
-
-
-def constant_table(intervals, positions, weights):
-    return make_table([positions] * intervals, [weights] * intervals)
-
-
-def random_table(*shape, seed=3):
-    """Rows like a trained table: positions increase, weights on the simplex, scales near 1. `shape` ends in K."""
-    random = torch.Generator().manual_seed(seed)
-    gaps = torch.rand(*shape[:-1], shape[-1] + 1, generator=random, dtype=F64) + 0.2
-    weights = torch.rand(*shape, generator=random, dtype=F64) + 0.2
-    return make_table(
-        (gaps.cumsum(-1) / gaps.sum(-1, keepdim=True))[..., :-1],
-        weights / weights.sum(-1, keepdim=True),
-        0.9 + 0.2 * torch.rand(*shape, generator=random, dtype=F64),
-        0.9 + 0.2 * torch.rand(*shape, generator=random, dtype=F64),
-    )
-
-
-def run(name, net, x, sigmas, cond=None, table=None, **options):
-    """Run a solver; those that need a table get the midpoint table unless one is given."""
-    if "table" in SOLVER_OPTIONS[name]:
-        options["table"] = constant_table(len(sigmas) - 1, [0.5], [1.0]) if table is None else table
-    return SOLVERS[name](net, x, sigmas, cond, **options)
-
-
-def plain_epd(net, x, sigmas, table, cond=None):
-    """EPD read off its four equations, one sample, one interval, one point at a time."""
-    results = []
-    for b in range(len(x)):
-        row = x[b : b + 1]
-        row_cond = None if cond is None else cond[b : b + 1]
-        for i in range(len(sigmas) - 1):
-            t, u = sigmas[i].item(), sigmas[i + 1].item()
-            d = net.slope(row, torch.tensor(t, dtype=F64), row_cond)
-            total = torch.zeros_like(row)
-            for k in range(table.positions.shape[-1]):
-                index = (b, i, k) if table.positions.ndim == 3 else (i, k)
-                r, w = table.positions[index].item(), table.weights[index].item()
-                a, c = table.scale_time[index].item(), table.scale_dir[index].item()
-                tau = math.exp(r * math.log(u) + (1 - r) * math.log(t))
-                total += w * c * a * net.slope(row + (tau - t) * d, torch.tensor(a * tau, dtype=F64), row_cond)
-            row = row + (u - t) * total
-        results.append(row)
-    return torch.cat(results)
+from benchmarks.closed_form import MixtureDenoiser, gaussian_solution, reference_solution
+from solver_utils import (
+    HIGHEST_ORDER,
+    ONE_EVALUATION,
+    SOLVER_OPTIONS,
+    SOLVERS_TO_ZERO,
+    UNIPC_VARIANTS,
+    SolverError,
+    check_options,
+    get_schedule,
+)
+from solvers import SOLVERS
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +33,9 @@ def problem():
 # ----------------------------------------------------------------------------
 # The exact solution and the order of convergence.
 
+# The order each solver shows at 40 and 80 intervals. Of the rest, `ipndm_v` and `deis` of order 3 and 4 are between the
+# order of their formula and that of their start there, `unipc` of order 2 with `lower_order_final` and of order 3
+# without between their own and that of the last or first step: tests/test_multistep.py takes the parts one by one.
 ORDERS = [
     ("ddim", {}, 1),
     ("dpm", {"inner_steps": 1}, 2),
@@ -93,12 +45,24 @@ ORDERS = [
     ("edm", {}, 2),
     ("epd", {}, 2),
     ("ipndm", {"max_order": 1}, 1),
-    ("ipndm", {"max_order": 2}, 2),
     # Equal-step weights on unequal steps and a low-order start hold the later orders at 2.
-    ("ipndm", {"max_order": 3}, 2),
-    ("ipndm", {"max_order": 4}, 2),
+    *(("ipndm", {"max_order": k}, 2) for k in (2, 3, 4)),
+    *((name, {"max_order": k}, k) for name in ("ipndm_v", "deis") for k in (1, 2)),
+    # The published order 3 takes half the second derivative.
+    *(
+        ("dpmpp", {"max_order": k, "lower_order_final": lower}, order)
+        for k, order in ((1, 1), (2, 2), (3, 2))
+        for lower in (True, False)
+    ),
+    *(
+        ("unipc", {"max_order": k, "variant": variant, "lower_order_final": lower}, order)
+        for k, lower, order in ((1, True, 2), (1, False, 2), (2, False, 3), (3, True, 2))
+        for variant in UNIPC_VARIANTS
+    ),
     ("epd_ipndm", {"max_order": 1}, 2),
+    ("epd_ipndm", {"max_order": 3}, 2),
     ("epd_ipndm", {"max_order": 4}, 2),
+    *(("epd_dpmpp", {"max_order": k, "lower_order_final": lower}, 2) for k in (1, 2, 3) for lower in (True, False)),
 ]
 
 
@@ -107,11 +71,46 @@ ORDERS = [
 def test_observed_order(problem, name, options, order, schedule_type):
     net, x, exact = problem
     errors = []
-    for intervals in (80, 160):
+    for intervals in (40, 80):
         sigmas = get_schedule(intervals + 1, SIGMA1, SIGMA0, schedule_type=schedule_type)
         errors.append((run(name, net, x, sigmas, **options) - exact).abs().max().item())
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.12)
-    assert errors[1] < {1: 2e-2, 2: 5e-4}[order]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
+    assert errors[1] < {1: 2e-2, 2: 1.3e-3, 3: 1e-4}[order]
+
+
+@pytest.fixture(scope="module")
+def flow_interior():
+    """A flow model away from its ends, where the half log SNR is infinite and every order shows late."""
+    net = MixtureDenoiser(is_flow=True)
+    x = net.start(2, 0.9)
+    return net, x, reference_solution(net, x, 0.9, SIGMA1, steps=400)
+
+
+FLOW_ORDERS = [
+    ("ddim", {}, 1),
+    ("dpm2", {}, 2),
+    ("heun", {}, 2),
+    ("edm", {}, 2),
+    ("ipndm", {"max_order": 2}, 2),
+    ("deis", {"max_order": 2}, 2),
+    ("dpmpp", {"max_order": 1}, 1),
+    ("dpmpp", {"max_order": 2, "lower_order_final": False}, 2),
+    *(("unipc", {"max_order": 1, "variant": variant}, 2) for variant in UNIPC_VARIANTS),
+    *(("unipc", {"max_order": 2, "variant": variant, "lower_order_final": False}, 3) for variant in UNIPC_VARIANTS),
+    ("epd", {}, 2),
+    *(("epd_ipndm", {"max_order": k}, 2) for k in (1, 2, 3, 4)),
+    ("epd_dpmpp", {"max_order": 1}, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "order"), FLOW_ORDERS)
+def test_observed_order_on_a_flow_model(flow_interior, name, options, order):
+    net, x, exact = flow_interior
+    errors = []
+    for intervals in (80, 160):
+        sigmas = get_schedule(intervals + 1, SIGMA1, 0.9, schedule_type="flowmatch", schedule_rho=1, net=net)
+        errors.append((run(name, net, x, sigmas, **options) - exact).abs().max().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -120,7 +119,7 @@ def test_single_gaussian_closed_form(name):
     x = net.start(2, SIGMA0)
     sigmas = get_schedule(161, SIGMA1, SIGMA0)
     error = (run(name, net, x, sigmas) - gaussian_solution(net, x, SIGMA0, SIGMA1)).abs().max()
-    assert error < (0.03 if name == "ddim" else 3e-4)
+    assert error < (0.03 if name == "ddim" else 5e-4)
 
 
 @pytest.fixture(scope="module")
@@ -130,57 +129,18 @@ def flow_problem():
     return net, x, reference_solution(net, x, 1.0, 0.003)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_flow_model(flow_problem, name):
+@pytest.mark.parametrize(("name", "options"), variants())
+def test_flow_model(flow_problem, name, options):
+    """The whole range, pure noise included, where the exponential solvers begin with a step of order 1. The last steps
+    are long in half log SNR: without `lower_order_final` they extrapolate far."""
     net, x, exact = flow_problem
-    sigmas = get_schedule(201, 0.003, 1.0, schedule_type="flowmatch", net=net)
-    assert (run(name, net, x, sigmas) - exact).abs().max() < (0.05 if name == "ddim" else 1e-3)
-
-
-class PowerNet:
-    """A slope that depends on sigma alone, sigma^power: linear multistep rules are then plain quadrature."""
-
-    is_flow = False
-
-    def __init__(self, power):
-        self.power = power
-
-    def slope(self, x, sigma, cond=None):
-        return torch.ones_like(x) * sigma**self.power
-
-
-@pytest.mark.parametrize("max_order", [1, 2, 3, 4])
-def test_ipndm_weights_are_exact_to_their_degree(max_order):
-    """Once the history is full, order k on equal steps integrates degree k-1 exactly and degree k wrongly."""
-    sigmas = torch.linspace(3.0, 1.0, 9, dtype=F64)
-    for power, is_exact in ((max_order - 1, True), (max_order, False)):
-        states, x = [], torch.zeros(1, 1, 1, 1, dtype=F64)
-        SOLVERS["ipndm"](
-            PowerNet(power),
-            x,
-            sigmas,
-            max_order=max_order,
-            callback=lambda i, x, sigma, seen=states: seen.append(x.item()),
-        )
-        start, end = sigmas[max_order - 1].item(), sigmas[-1].item()
-        integral = (end ** (power + 1) - start ** (power + 1)) / (power + 1)
-        error = abs(states[8] - states[max_order - 1] - integral)
-        assert (error < 1e-13) == is_exact, (power, error)
-
-
-def test_ipndm_start_uses_lower_orders():
-    net = MixtureDenoiser()
-    x = net.start(2, SIGMA0)
-    t0, t1, t2, t3 = sigmas = get_schedule(4, SIGMA1, SIGMA0)
-    d0 = net.slope(x, t0)
-    x1 = x + (t1 - t0) * d0
-    d1 = net.slope(x1, t1)
-    x2 = x1 + (t2 - t1) * (3 * d1 - d0) / 2
-    d2 = net.slope(x2, t2)
-    x3 = x2 + (t3 - t2) * (23 * d2 - 16 * d1 + 5 * d0) / 12
-    assert torch.allclose(run("ipndm", net, x, sigmas), x3, rtol=1e-13, atol=1e-13)
-    x3_order2 = x2 + (t3 - t2) * (3 * d2 - d1) / 2
-    assert torch.allclose(run("ipndm", net, x, sigmas, max_order=2), x3_order2, rtol=1e-13, atol=1e-13)
+    sigmas = get_schedule(81, 0.003, 1.0, schedule_type="flowmatch", schedule_rho=1, net=net)
+    tolerance = 5e-3
+    if name == "ddim" or (name != "epd_ipndm" and options.get("max_order") == 1):
+        tolerance = 0.05
+    elif name in ("dpmpp", "unipc", "epd_dpmpp"):
+        tolerance = 0.015 if options["lower_order_final"] else 0.15
+    assert (run(name, net, x, sigmas, **options) - exact).abs().max() < tolerance
 
 
 def test_dpm_inner_grid():
@@ -190,94 +150,6 @@ def test_dpm_inner_grid():
     fine = torch.linspace(SIGMA0 ** (1 / 7), SIGMA1 ** (1 / 7), 4, dtype=F64) ** 7
     coarse = torch.tensor([SIGMA0, SIGMA1], dtype=F64)
     assert torch.allclose(run("dpm", net, x, coarse, inner_steps=3), run("dpm2", net, x, fine), rtol=1e-12, atol=1e-12)
-
-
-# ----------------------------------------------------------------------------
-# EPD.
-
-
-def test_midpoint_table_is_dpm2(problem):
-    net, x, _ = problem
-    sigmas = get_schedule(7, SIGMA1, SIGMA0)
-    assert (run("epd", net, x, sigmas) - run("dpm2", net, x, sigmas)).abs().max() < 1e-12
-
-
-def test_equal_points_reduce_to_one(problem):
-    net, x, _ = problem
-    sigmas = get_schedule(7, SIGMA1, SIGMA0)
-    two = constant_table(6, [0.4, 0.4], [0.3, 0.7])
-    one = constant_table(6, [0.4], [1.0])
-    assert (run("epd", net, x, sigmas, table=two) - run("epd", net, x, sigmas, table=one)).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("shape", [(5, 1), (5, 2), (5, 3), (3, 5, 2)])
-def test_batched_epd_equals_sequential_epd(shape):
-    """Also pins the row order b*K + k (conditions differ per sample) and both scales."""
-    net = MixtureDenoiser()
-    x = net.start(3, SIGMA0)
-    cond = ShiftCond(torch.tensor([0.0, 1.0, -2.0], dtype=F64))
-    sigmas = get_schedule(6, SIGMA1, SIGMA0)
-    table = random_table(*shape)
-    expected = plain_epd(net, x, sigmas, table, cond)
-    net.calls = net.rows = 0
-    result = run("epd", net, x, sigmas, cond, table=table)
-    assert (result - expected).abs().max() < 1e-12 * expected.abs().max()
-    assert (net.calls, net.rows) == (10, 5 * 3 * (1 + shape[-1]))
-
-
-def test_per_sample_tables_equal_separate_runs():
-    net = MixtureDenoiser()
-    x = net.start(3, SIGMA0)
-    sigmas = get_schedule(6, SIGMA1, SIGMA0)
-    tables = random_table(3, 5, 2)
-    for name in ("epd", "epd_ipndm"):
-        together = run(name, net, x, sigmas, table=tables)
-        for b in range(3):
-            own = SimpleNamespace(**{key: value[b] for key, value in vars(tables).items()})
-            alone = run(name, net, x[b : b + 1], sigmas, table=own)
-            assert torch.allclose(together[b : b + 1], alone, rtol=1e-12, atol=1e-12)
-
-
-def test_scale_meaning():
-    """d_k = c_k a_k slope(x_k, a_k tau_k): the point stays at tau_k, only the noise level told to the net moves."""
-    net = MixtureDenoiser()
-    x = net.start(1, SIGMA0)
-    t, u = sigmas = torch.tensor([4.0, 1.0], dtype=F64)
-    d = net.slope(x, t)
-    x_k = x + (2.0 - 4.0) * d  # tau = sqrt(4 * 1)
-    for a, c in ((1.2, 1.0), (1.0, 1.3), (0.8, 0.7)):
-        expected = x + (u - t) * c * a * net.slope(x_k, torch.tensor(a * 2.0, dtype=F64))
-        result = run("epd", net, x, sigmas, table=make_table([[0.5]], [[1.0]], [[a]], [[c]]))
-        assert torch.allclose(result, expected, rtol=1e-13, atol=1e-13)
-
-
-def test_epd_ipndm_reaches_points_along_the_multistep_direction():
-    net = MixtureDenoiser()
-    x = net.start(2, SIGMA0)
-    t0, t1, t2 = sigmas = get_schedule(3, SIGMA1, SIGMA0)
-    table = random_table(2, 2)
-
-    def ensemble(i, x, t, u, d):
-        total = 0
-        for r, w, a, c in zip(
-            table.positions[i], table.weights[i], table.scale_time[i], table.scale_dir[i], strict=True
-        ):
-            tau = u**r * t ** (1 - r)
-            total = total + w * c * a * net.slope(x + (tau - t) * d, a * tau)
-        return total
-
-    d0 = net.slope(x, t0)
-    x1 = x + (t1 - t0) * ensemble(0, x, t0, t1, d0)
-    d1 = net.slope(x1, t1)
-    x2 = x1 + (t2 - t1) * ensemble(1, x1, t1, t2, (3 * d1 - d0) / 2)
-    assert torch.allclose(epd_ipndm_sampler(net, x, sigmas, table=table), x2, rtol=1e-12, atol=1e-12)
-
-
-def test_epd_ipndm_of_order_one_is_epd(problem):
-    net, x, _ = problem
-    sigmas, table = get_schedule(7, SIGMA1, SIGMA0), random_table(6, 2)
-    plug_in = epd_ipndm_sampler(net, x, sigmas, table=table, max_order=1)
-    assert torch.equal(plug_in, epd_sampler(net, x, sigmas, table=table))
 
 
 # ----------------------------------------------------------------------------
@@ -329,49 +201,11 @@ def test_edm_without_churn_is_heun(problem):
 
 
 # ----------------------------------------------------------------------------
-# Against diffusers.
-
-
-def test_ddim_against_diffusers():
-    """DDIMScheduler steps the variance-preserving state x / sqrt(1 + sigma^2) through its own table."""
-    from diffusers import DDIMScheduler
-
-    net = MixtureDenoiser()
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    scheduler.set_timesteps(10)
-    times = scheduler.timesteps.tolist()  # 900, 800, ..., 0
-    sigmas = (1 / scheduler.alphas_cumprod[times] - 1).sqrt()
-    x = net.start(2, sigmas[0].item())
-    sample = x / (1 + sigmas[0] ** 2).sqrt()
-    for t, sigma in zip(times[:-1], sigmas[:-1], strict=True):
-        eps = net.slope(sample * (1 + sigma**2).sqrt(), sigma)
-        sample = scheduler.step(eps, t, sample).prev_sample
-    expected = sample * (1 + sigmas[-1] ** 2).sqrt()
-    assert torch.allclose(run("ddim", net, x, sigmas), expected, rtol=1e-10, atol=1e-10)
-
-
-def test_edm_against_diffusers_heun():
-    """HeunDiscreteScheduler ends at sigma 0 and keeps its sigmas in float32."""
-    from diffusers import HeunDiscreteScheduler
-
-    net = MixtureDenoiser()
-    scheduler = HeunDiscreteScheduler(use_karras_sigmas=True)
-    scheduler.set_timesteps(8)
-    x = sample = net.start(2, scheduler.sigmas[0].item())
-    for sigma, t in zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True):
-        scheduler.scale_model_input(sample, t)  # moves the scheduler's step counter
-        sample = scheduler.step(net.slope(sample, sigma.double()), t, sample).prev_sample
-    sigmas = scheduler.sigmas.unique().flip(0).double()
-    assert torch.allclose(run("edm", net, x, sigmas), sample, rtol=1e-5, atol=1e-5)
-
-
-# ----------------------------------------------------------------------------
 # AFS, callback, dtypes, devices.
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_afs_replaces_the_first_slope_only(name):
+@pytest.mark.parametrize(("name", "options"), variants())
+def test_afs_replaces_the_first_slope_only(name, options):
     class FirstSlopeReplaced(MixtureDenoiser):
         def slope(self, x, sigma, cond=None):
             d = super().slope(x, sigma, cond)
@@ -379,10 +213,10 @@ def test_afs_replaces_the_first_slope_only(name):
 
     x = MixtureDenoiser().start(2, SIGMA0)
     sigmas = get_schedule(6, SIGMA1, SIGMA0)
-    replaced = run(name, FirstSlopeReplaced(), x, sigmas)
-    result = run(name, MixtureDenoiser(), x, sigmas, afs=True)
+    replaced = run(name, FirstSlopeReplaced(), x, sigmas, **options)
+    result = run(name, MixtureDenoiser(), x, sigmas, afs=True, **options)
     assert torch.allclose(result, replaced, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(result, run(name, MixtureDenoiser(), x, sigmas), rtol=1e-4)
+    assert not torch.allclose(result, run(name, MixtureDenoiser(), x, sigmas, **options), rtol=1e-4)
 
 
 def test_afs_in_dpm_touches_one_inner_step():
@@ -394,21 +228,23 @@ def test_afs_in_dpm_touches_one_inner_step():
     assert counts == [24, 23]
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_callback_sees_every_node(name):
+@pytest.mark.parametrize(("name", "options"), variants())
+def test_callback_sees_every_node(name, options):
     net = MixtureDenoiser()
     x = net.start(2, SIGMA0)
     sigmas = get_schedule(6, SIGMA1, SIGMA0)
     seen = []
-    result = run(name, net, x, sigmas, callback=lambda i, x, sigma: seen.append((i, x.clone(), sigma.item())))
+    result = run(
+        name, net, x, sigmas, **options, callback=lambda i, x, sigma: seen.append((i, x.clone(), sigma.item()))
+    )
     assert [i for i, _, _ in seen] == [0, 1, 2, 3, 4, 5]
     assert [sigma for _, _, sigma in seen] == sigmas.tolist()
     assert torch.equal(seen[0][1], x) and torch.equal(seen[-1][1], result)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(("name", "options"), variants())
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes(name, dtype):
+def test_dtypes(name, options, dtype):
     """The result has at least float32 and float32 agrees with float64; every slope call gets the state's dtype."""
     net, dtypes = MixtureDenoiser(), set()
 
@@ -419,13 +255,16 @@ def test_dtypes(name, dtype):
             dtypes.add(x.dtype)
             return net.slope(x, sigma, cond)
 
+        def sigma_inv(self, sigma):
+            return net.sigma_inv(sigma)
+
     x = net.start(2, SIGMA0, dtype)
     sigmas = get_schedule(6, SIGMA1, SIGMA0)
     table = random_table(2, 5, 2)
-    result = run(name, Recorder(), x, sigmas, table=table)
+    result = run(name, Recorder(), x, sigmas, table=table, **options)
     expected_dtype = F64 if dtype == F64 else torch.float32
     assert result.dtype == expected_dtype and dtypes == {expected_dtype}
-    exact = run(name, net, x.double(), sigmas, table=table)
+    exact = run(name, net, x.double(), sigmas, table=table, **options)
     assert torch.allclose(result.double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -439,23 +278,42 @@ class MetaNet:
             raise ValueError(f"x on {x.device}, sigma {sigma.dtype} on {sigma.device}")
         return torch.empty_like(x)
 
+    def sigma_inv(self, sigma):
+        return sigma.log1p()  # asked on the CPU, before the loop
 
-@pytest.mark.parametrize("afs", [False, True])
-@pytest.mark.parametrize("name", SOLVERS)
-def test_no_value_is_read_from_the_device(name, afs):
-    options = {"edm": {"s_churn": 3.0, "randn_like": torch.empty_like}}.get(name, {})
+
+@pytest.mark.parametrize(("is_flow", "afs"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("name", "options"), variants())
+def test_no_value_is_read_from_the_device(name, options, is_flow, afs):
+    net = MetaNet()
+    net.is_flow = is_flow
+    if name == "edm" and not is_flow:
+        options = {**options, "s_churn": 3.0, "randn_like": torch.empty_like}
+    if "max_rows" in SOLVER_OPTIONS[name]:
+        options = {**options, "max_rows": 1}
     x = torch.empty(2, 3, 4, 4, device="meta")
-    result = run(name, MetaNet(), x, get_schedule(6, SIGMA1, SIGMA0), afs=afs, **options)
+    result = run(name, net, x, get_schedule(5, SIGMA1, 1.0), afs=afs, **options)
     assert result.is_meta and result.shape == x.shape
 
 
-def test_input_state_is_not_changed():
+@pytest.mark.parametrize(("name", "options"), variants())
+def test_input_is_not_changed_and_nothing_outlives_a_run(name, options):
     net = MixtureDenoiser()
-    x = net.start(2, SIGMA0)
-    before = x.clone()
-    for name in SOLVERS:
-        run(name, net, x, get_schedule(4, SIGMA1, SIGMA0))
-    assert torch.equal(x, before)
+    x, sigmas = net.start(2, SIGMA0), get_schedule(4, SIGMA1, SIGMA0)
+    before, nodes = x.clone(), sigmas.clone()
+    result = run(name, net, x, sigmas, **options)
+    assert torch.equal(x, before) and torch.equal(sigmas, nodes)
+    assert torch.equal(run(name, net, x, sigmas, **options), result)
+
+
+@pytest.mark.parametrize(("name", "options"), variants(ONE_EVALUATION))
+def test_one_interval(name, options):
+    """Two nodes leave no history: every solver of one evaluation makes the same Euler step."""
+    net = MixtureDenoiser()
+    x, sigmas = net.start(2, SIGMA0), torch.tensor([SIGMA0, 6.0], dtype=F64)
+    t, u = sigmas
+    expected = x + (u - t) * net.slope(x, t)
+    assert torch.allclose(run(name, net, x, sigmas, **options), expected, rtol=1e-13, atol=1e-13)
 
 
 # ----------------------------------------------------------------------------
@@ -477,7 +335,8 @@ def test_options_match_the_signatures():
 
 def test_check_options_names_the_takers():
     check_options("ipndm", {"max_order": 3})
-    with pytest.raises(SolverError, match=r"^ddim takes no option max_order; it belongs to ipndm, epd_ipndm$"):
+    takers = "ipndm, ipndm_v, deis, dpmpp, unipc, epd_ipndm, epd_dpmpp"
+    with pytest.raises(SolverError, match=f"^ddim takes no option max_order; it belongs to {takers}$"):
         check_options("ddim", {"max_order": 3})
     with pytest.raises(SolverError, match="no option maxorder; no solver has it"):
         check_options("ipndm", {"maxorder": 3})
@@ -488,9 +347,14 @@ def test_check_options_names_the_takers():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ipndm", {"max_order": 7}, "max_order must be 1, 2, 3 or 4, got 7"),
-        ("ipndm", {"max_order": 0}, "max_order must be"),
-        ("epd_ipndm", {"max_order": 5}, "max_order must be"),
+        ("ipndm", {"max_order": 7}, "max_order of ipndm must be 1 to 4, got 7"),
+        *((name, {"max_order": 0}, f"max_order of {name} must be") for name in HIGHEST_ORDER),
+        *(
+            (name, {"max_order": k + 1}, f"max_order of {name} must be .* {k}, got")
+            for name, k in HIGHEST_ORDER.items()
+        ),
+        *((name, {"max_order": 1.5}, "must be a whole number") for name in HIGHEST_ORDER),
+        ("unipc", {"variant": "bh3"}, "variant must be bh1 or bh2, got bh3"),
         ("dpm", {"inner_steps": 0}, "inner_steps must be at least 1, got 0"),
         ("edm", {"s_churn": 1.0}, "needs randn_like"),
         ("edm", {"s_churn": -1.0}, "s_churn must not be negative"),
@@ -527,20 +391,29 @@ def test_bad_sigmas(sigmas):
         run("ddim", net, net.start(1, 1.0), torch.tensor(sigmas, dtype=F64))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_sigma_zero(name):
+@pytest.mark.parametrize(("name", "options"), variants())
+def test_sigma_zero(name, options):
     """A last node of 0 is reached by Euler or multistep steps, and refused by solvers that would evaluate there."""
     net = MixtureDenoiser(components=1)
     x = net.start(2, SIGMA0)
-    sigmas = torch.cat([get_schedule(161, 0.01, SIGMA0), torch.zeros(1, dtype=F64)])
+    sigmas = torch.cat([get_schedule(81, 0.01, SIGMA0), torch.zeros(1, dtype=F64)])
     if name in SOLVERS_TO_ZERO:
-        assert (run(name, net, x, sigmas) - gaussian_solution(net, x, SIGMA0, 0.0)).abs().max() < 0.05
+        assert (run(name, net, x, sigmas, **options) - gaussian_solution(net, x, SIGMA0, 0.0)).abs().max() < 0.06
+    else:
+        with pytest.raises(SolverError, match=f"{name} cannot step to sigma 0"):
+            run(name, net, x, sigmas, **options)
+        assert net.calls == 0
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_sigma_zero_of_a_flow_model(flow_problem, name):
+    """The data end of a flow: 0.003 away from the reference, over which the slope hardly changes."""
+    net, x, exact = flow_problem
+    sigmas = get_schedule(81, 0.003, 1.0, schedule_type="flowmatch", schedule_rho=1, net=net)
+    sigmas = torch.cat([sigmas, torch.zeros(1, dtype=F64)])
+    if name in SOLVERS_TO_ZERO:
+        end = exact - 0.003 * net.slope(exact, torch.tensor(0.003, dtype=F64))
+        assert (run(name, net, x, sigmas) - end).abs().max() < 0.05
     else:
         with pytest.raises(SolverError, match=f"{name} cannot step to sigma 0"):
             run(name, net, x, sigmas)
-
-
-def test_adams_bashforth_weights_sum_to_one():
-    for order in (1, 2, 3, 4):
-        ones = [torch.ones(1, 1, 1, 1, dtype=F64)] * order
-        assert adams_bashforth(ones).item() == pytest.approx(1.0, abs=1e-15)

@@ -52,8 +52,8 @@ def _interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
     """Piecewise linear through (knots, values), knots rising; the outer segments go on beyond the ends."""
     right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
     left = right - 1
-    share = (x - knots[left]) / (knots[right] - knots[left])
-    return values[left] + share * (values[right] - values[left])
+    share = (x - knots.take(left)) / (knots.take(right) - knots.take(left))
+    return values.take(left) + share * (values.take(right) - values.take(left))
 
 
 class StableDiffusion(Denoiser):

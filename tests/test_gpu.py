@@ -1,0 +1,60 @@
+"""What only a GPU can show; skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from solvers import epd_sampler
+from torch_utils.seeds import noise
+from training.denoisers import create_model
+from training.generate import table_schedule
+from training.ppo.cold_start import cold_start_table
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+BATCH, NUM_POINTS = 16, 8
+
+
+def peak_mib(work) -> float:
+    """Memory that `work()` needs at its peak beyond what was allocated before."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+@torch.no_grad()
+def test_memory_of_parallel_points_is_that_of_the_network():
+    """A stage of B*K rows needs what one network call of as many rows needs, and `max_rows` brings it down."""
+    net = create_model("emoji", guidance_rate=7.5, device="cuda")
+    table = cold_start_table(3, NUM_POINTS)
+    sigmas = table_schedule(table, net)
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    x = net.initial_state(noise(range(BATCH), shape).cuda(), sigmas[0])
+    cond = net.encode_prompts(["a cat"] * BATCH)
+
+    def bare(rows: int) -> float:
+        many, many_cond = x.repeat_interleave(rows // BATCH, 0), cond.repeat_interleave(rows // BATCH)
+        return peak_mib(lambda: net.slope(many, sigmas[0], many_cond))
+
+    def epd(max_rows: int | None) -> float:
+        return peak_mib(lambda: epd_sampler(net, x, sigmas, cond, table=table, max_rows=max_rows))
+
+    net.slope(x, sigmas[0], cond)  # libraries take their workspace at the first call
+    figures = {
+        "network, 16 rows": bare(BATCH),
+        "network, 128 rows": bare(BATCH * NUM_POINTS),
+        "epd, K = 8": epd(None),
+        "epd, K = 8, max_rows 16": epd(BATCH),
+    }
+    print({name: f"{mib:.1f} MiB" for name, mib in figures.items()})
+    few, many, whole, split = figures.values()
+    # Beside the activations: the B*K points, their slopes and the repeated condition, some latents' worth each.
+    latents = BATCH * NUM_POINTS * 4 * x[0].numel() / 2**20
+    condition = BATCH * NUM_POINTS * 4 * cond.text[0].numel() / 2**20
+    assert whole <= many + 8 * latents + condition
+    assert split <= few + 8 * latents + condition
