@@ -10,7 +10,7 @@ import click
 
 from torch_utils.errors import UserError, user_errors
 from training.ppo.cold_start import SPREAD, cold_start_table, start_positions
-from training.table_metadata import TableMetadata
+from training.table_metadata import TABLE_SOLVERS, TableMetadata
 
 # solver_utils owns these names and the default of --schedule-rho, but needs torch; a test keeps the two in step.
 SCHEDULE_TYPES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
@@ -113,6 +113,20 @@ def write_start_table(snapshot: Path, options: Path, start: dict, metadata: Tabl
     flag_value=True,
     default=False,
 )
+@click.option(
+    "--sampler-stu",
+    help="Solver that reads the table: epd, or EPD slopes in a step of ipndm or dpmpp (these are not for PPO)",
+    type=click.Choice(list(TABLE_SOLVERS)),
+    default=TableMetadata.sampler_stu,
+)
+@click.option(
+    "--max-order",
+    help="Order of the solver, with --sampler-stu "
+    + " or ".join(f"{name} (1-{highest})" for name, highest in TABLE_SOLVERS.items() if highest is not None),
+    metavar="INT",
+    type=int,
+    show_default=str(TableMetadata.max_order),
+)
 @click.option("--overwrite", help="Replace files that exist", is_flag=True)
 @click.option("-n", "--dry-run", help="Check and print the options, write nothing", is_flag=True)
 @user_errors
@@ -133,10 +147,12 @@ def main(
     sigma_min: float | None,
     sigma_max: float | None,
     afs: bool,
+    sampler_stu: str,
+    max_order: int | None,
     overwrite: bool,
     dry_run: bool,
 ) -> None:
-    """Write a start table for PPO: equally spaced positions, equal weights, scales 1.
+    """Write a start table: equally spaced positions, equal weights, scales 1. PPO takes those of --sampler-stu epd.
 
     Prints the resolved options as JSON. Example:
 
@@ -144,6 +160,9 @@ def main(
     python fake_train.py --num-steps 11 --num-points 2 \\
         --outdir exps/99999-ms_coco-11-20-epd-dpm-1-discrete --snapshot-step 99999
     """
+    if max_order is not None and TABLE_SOLVERS[sampler_stu] is None:
+        takers = " or ".join(name for name, highest in TABLE_SOLVERS.items() if highest is not None)
+        raise UserError(f"{sampler_stu} takes no --max-order; it belongs to --sampler-stu {takers}")
     metadata = TableMetadata(
         num_steps=num_steps,
         num_points=num_points,
@@ -157,6 +176,8 @@ def main(
         afs=afs,
         scale_dir_range=scale_dir,
         scale_time_range=scale_time,
+        sampler_stu=sampler_stu,
+        max_order=TableMetadata.max_order if max_order is None else max_order,
     )
     start = {"r_base": r_base, "r_epsilon": SPREAD / num_points if r_epsilon is None else r_epsilon}
     start_positions(num_points, **start)

@@ -20,10 +20,18 @@ from training.sampling_options import read_prompts, sampling_options
     type=click.Path(path_type=Path),
     required=True,
 )
+@click.option(
+    "--max-rows",
+    help="Rows of one guidance branch in a network call at most; a larger one is split, for the same images",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    show_default="no limit",
+)
 @sampling_options
 @user_errors
 def main(
     predictor_path: Path,
+    max_rows: int | None,
     prompt_file: Path | None,
     prompt: str | None,
     seeds: str,
@@ -54,6 +62,7 @@ def main(
         prompts,
         outdir or plan.default_outdir(),
         batch=batch,
+        max_rows=max_rows,
         device=device,
         overwrite=overwrite,
         grid=grid,

@@ -22,7 +22,7 @@ case "$preset" in
         schedule=(--schedule-type discrete --schedule-rho 1)
         metrics=("reward score_emoji --metric reward" "heldout score_emoji --metric heldout") # name, module, options
         # name, sampler, nodes: parallel NFE 10 for all, and a long run to compare with
-        baselines=("ddim-10 ddim 11" "dpm2-10 dpm2 6" "heun-10 heun 6" "ipndm-10 ipndm 11 --max-order 2" "ddim-50 ddim 51")
+        baselines=("ddim-10 ddim 11" "dpm2-10 dpm2 6" "heun-10 heun 6" "ipndm-10 ipndm 11" "dpmpp-10 dpmpp 11" "ddim-50 ddim 51")
         ;;
     sd15 | sd15-multi)
         config=sd15_single dataset=ms_coco prompts=src/prompts/test.txt seeds="${SEEDS:-0-999}" precision=float16
@@ -31,7 +31,7 @@ case "$preset" in
         fi
         schedule=(--schedule-type time_uniform --schedule-rho 1)
         metrics=("hps score_hps")
-        baselines=("ddim-20 ddim 21" "dpm2-20 dpm2 11" "edm-19 edm 10" "ipndm-20 ipndm 21" "ddim-50 ddim 51")
+        baselines=("ddim-20 ddim 21" "dpm2-20 dpm2 11" "edm-19 edm 10" "ipndm-20 ipndm 21" "dpmpp-20 dpmpp 21" "ddim-50 ddim 51")
         ;;
     *)
         echo "Error: unknown preset '$preset'; use embedded, sd15 or sd15-multi" >&2

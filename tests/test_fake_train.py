@@ -60,6 +60,25 @@ def test_every_option_reaches_the_table(tmp_path):
     assert (table.sigma_min, table.sigma_max, table.afs) == (0.02, 80, True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sampler_stu", "max_order"),
+    [
+        ([], "epd", 2),
+        (["--sampler-stu", "ipndm"], "ipndm", 2),
+        (["--sampler-stu", "ipndm", "--max-order", 4], "ipndm", 4),
+        (["--sampler-stu", "dpmpp", "--max-order", 1], "dpmpp", 1),
+        (["--sampler-stu", "dpmpp", "--max-order", 3], "dpmpp", 3),
+    ],
+)
+def test_the_solver_of_the_table_comes_back_from_the_pkl(tmp_path, arguments, sampler_stu, max_order):
+    result = run("--outdir", tmp_path, *arguments)
+    assert result.exit_code == 0, result.output
+    table = load_table(tmp_path / "network-snapshot-000000.pkl")
+    assert (table.sampler_stu, table.max_order, table.lower_order_final) == (sampler_stu, max_order, True)
+    printed = json.loads(result.stdout)
+    assert (printed["sampler_stu"], printed["max_order"]) == (sampler_stu, max_order)
+
+
 def test_dry_run_writes_nothing(tmp_path):
     result = run("--outdir", tmp_path / "new", "--dry-run", "--afs", "false")
     assert result.exit_code == 0 and json.loads(result.stdout)["num_steps"] == 11
@@ -97,6 +116,11 @@ def test_existing_files_stay_unless_overwrite_is_given(tmp_path):
         (["--dataset-name", ""], "dataset_name"),
         (["--afs", "perhaps"], "--afs"),
         (["--unknown", 1], "--unknown"),
+        (["--sampler-stu", "heun"], "'heun' is not one of 'epd', 'ipndm', 'dpmpp'"),
+        (["--max-order", 2], "epd takes no --max-order; it belongs to --sampler-stu ipndm or dpmpp"),
+        (["--sampler-stu", "ipndm", "--max-order", 5], "max_order is 5; ipndm has orders 1 to 4"),
+        (["--sampler-stu", "dpmpp", "--max-order", 4], "max_order is 4; dpmpp has orders 1 to 3"),
+        (["--sampler-stu", "dpmpp", "--max-order", 0], "max_order is 0; it must be at least 1"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [["--dry-run"], []])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,19 +18,32 @@ from click.testing import CliRunner
 
 import sample
 import sample_baseline
-from solvers import SOLVERS
+from benchmarks.closed_form import MixtureDenoiser
+from solver_utils import (
+    HIGHEST_ORDER,
+    SCHEDULE_TYPES,
+    SOLVER_OPTIONS,
+    SOLVERS_TO_ZERO,
+    UNIPC_VARIANTS,
+    SolverError,
+    get_schedule,
+)
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from training.generate import SamplingPlan, generate_images, write_images
+from training import table_metadata
+from training.denoisers import BACKBONES
+from training.generate import EXPLICIT, TABLE_SOLVERS, SamplingPlan, generate_images, table_schedule, write_images
 from training.images import load_image
 from training.manifest import Manifest, image_name
+from training.ppo import launch
 from training.ppo.cold_start import cold_start_table
-from training.table import save_table
+from training.table import load_table, save_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_PROMPTS = ROOT / "src/prompts/emoji_test.txt"
 PROMPTS = TEST_PROMPTS.read_text(encoding="utf-8").splitlines()
 PLAN = SamplingPlan("ddim", 3, "discrete", 1.0, dataset_name="emoji")
+BASE = ["--sampler", "ddim", "--dataset-name", "emoji", "--prompt-file", str(TEST_PROMPTS)]
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +65,20 @@ def run_cli(command, *arguments: str):
     return CliRunner().invoke(command, list(arguments))
 
 
-def start_table(folder: Path) -> Path:
+def start_table(folder: Path, **metadata: object) -> Path:
     path = folder / "table.json"
-    table = cold_start_table(3, 2)
-    values = table.to_dict() | {"dataset_name": "emoji"}
-    save_table(type(table).from_dict(values), path)
+    save_table(replace(cold_start_table(3, 2), dataset_name="emoji", **metadata), path)
     return path
+
+
+def manifest(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def differ_by_rounding_only(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Matrix products of other heights round differently in the last bit: a pixel on the edge may move one level."""
+    levels = ((one - other) * 255).abs()
+    return bool(levels.max() <= 1.01 and (levels > 0.5).float().mean() < 1e-3)
 
 
 def pngs(folder: Path) -> dict[str, bytes]:
@@ -71,20 +93,180 @@ def test_an_image_depends_on_seed_and_prompt_only(net, options):
         images(net, plan, [7, 3, 11, 0, 5], batch=2),
         images(net, plan, [0, 5, 3, 7, 11], 3)[[3, 2, 4, 0, 1]],
     ):
-        # Matrix products of other heights round differently in the last bit: a pixel on the edge may move one level.
-        levels = ((together - other) * 255).abs()
-        assert levels.max() <= 1
-        assert (levels > 0.5).float().mean() < 1e-3
+        assert differ_by_rounding_only(together, other)
     assert (together[0] - together[1]).abs().mean() > 0.02
 
 
-@pytest.mark.parametrize("solver", [name for name in SOLVERS if not name.startswith("epd")])
-def test_counted_evaluations_are_those_of_the_network(net, solver):
-    plan = SamplingPlan(solver, 3, "discrete", 1.0, to_zero=solver == "edm", dataset_name="emoji")
+def sampled_as_counted(net, plan: SamplingPlan, seed: int) -> torch.Tensor:
+    """The picture of `seed`, after a check that the plan counts what the network did."""
     before = net.calls, net.rows
-    images(net, plan, [0], batch=1)
-    assert (net.calls - before[0], net.rows - before[1]) == (plan.nfe().parallel_nfe, plan.nfe().nfe)
-    assert plan.record()["forwards"] == 2 * plan.nfe().nfe
+    (picture,) = images(net, plan, [seed], batch=1)
+    nfe = plan.nfe()
+    assert (net.calls - before[0], net.rows - before[1]) == (nfe.parallel_nfe, nfe.nfe)
+    assert nfe.forwards == 2 * nfe.nfe
+    return picture
+
+
+SAMPLER_OPTIONS = {
+    "ddim": ([], {}),
+    "dpm": (["--inner-steps", "2"], {"inner_steps": 2}),
+    "dpm2": ([], {}),
+    "heun": ([], {}),
+    "edm": (["--s-churn", "3", "--s-max", "9"], {"s_churn": 3.0, "s_max": 9.0}),
+    "ipndm": (["--max-order", "2"], {"max_order": 2}),
+    "ipndm_v": (["--max-order", "4"], {"max_order": 4}),
+    "deis": (["--max-order", "1"], {"max_order": 1}),
+    "dpmpp": (["--no-lower-order-final"], {"lower_order_final": False}),
+    "unipc": (["--variant", "bh1", "--lower-order-final"], {"variant": "bh1", "lower_order_final": True}),
+}  # sampler -> arguments, options of the plan
+
+
+@pytest.mark.parametrize("sampler", sample_baseline.SAMPLERS)
+def test_every_sampler_of_the_command_line(net, tmp_path, sampler):
+    """The command makes the picture of the plan, bit for bit, and its manifest says what the network did."""
+    arguments, options = SAMPLER_OPTIONS[sampler]
+    schedule = ["--num-steps", "3", "--schedule-type", "discrete", "--seeds", "4", "--outdir", str(tmp_path / "out")]
+    result = run_cli(sample_baseline.main, "--sampler", sampler, *BASE[2:], *schedule, *arguments)
+    assert result.exit_code == 0, result.output
+    to_zero = sampler == "edm"
+    plan = SamplingPlan(sampler, 3, "discrete", 1.0, options, to_zero=to_zero, dataset_name="emoji")
+    assert torch.equal(load_image(tmp_path / "out" / image_name(4)), sampled_as_counted(net, plan, 4))
+    (line,) = manifest(tmp_path / "out")
+    assert (line["solver"], line["num_steps"]) == (sampler, 3)
+    assert line["options"] == plan.record()["options"] and options.items() <= line["options"].items()
+    assert (line["schedule_type"], line["sigmas"], line["final_zero"]) == ("discrete", None, to_zero)
+    assert {name: line[name] for name in plan.record()} == plan.record()
+
+
+@pytest.mark.parametrize("solver", SOLVERS_TO_ZERO)
+def test_final_zero_is_one_more_evaluation(net, solver):
+    short = SamplingPlan(solver, 3, "discrete", 1.0, dataset_name="emoji")
+    long = replace(short, to_zero=True)
+    assert long.sigmas(net).tolist() == [*short.sigmas(net).tolist(), 0.0]
+    assert long.nfe().nfe == short.nfe().nfe + 1
+    assert not torch.equal(sampled_as_counted(net, short, 0), sampled_as_counted(net, long, 0))
+
+
+@pytest.mark.parametrize("sampler_stu", TABLE_SOLVERS)
+def test_solvers_of_tables_and_max_rows(net, tmp_path, sampler_stu):
+    """`--max-rows` changes how often the network is called, not what is recorded, and no pixel by more than a level."""
+    path = start_table(tmp_path, sampler_stu=sampler_stu)
+    plan = SamplingPlan.of_table(load_table(path), None, "float32")
+    whole = torch.stack([sampled_as_counted(net, plan, seed) for seed in (0, 1)])
+    before = net.calls, net.rows
+    (part,) = [part for *_, part in generate_images(net, plan, [0, 1], PROMPTS[:2], batch=2, max_rows=3)]
+    assert (net.calls - before[0], net.rows - before[1]) == (2 * (1 + 2), 2 * plan.nfe().nfe)  # 2 rows, then 3 and 1
+    assert differ_by_rounding_only(part, whole)
+    arguments = ["--prompt-file", str(TEST_PROMPTS), "--seeds", "0-1", "--max-rows", "1"]
+    for more in (arguments, arguments[:-2]):  # finished images are kept: it is the same plan
+        result = run_cli(
+            sample.main, "--predictor_path", str(path), *more, "--outdir", str(tmp_path / "out"), "--batch", "2"
+        )
+        assert result.exit_code == 0, result.output
+    assert "0 images to make, 2 finished before" in result.output
+    assert differ_by_rounding_only(torch.stack([load_image(tmp_path / "out" / image_name(s)) for s in (0, 1)]), whole)
+    line = manifest(tmp_path / "out")[0]
+    assert (line["solver"], line["options"]) == (plan.solver, plan.options)
+    assert (line["nfe"], line["parallel_nfe"], line["forwards"]) == (6, 4, 12)
+
+
+def test_max_rows_is_for_tables(tmp_path):
+    with pytest.raises(UserError, match="ddim takes no option max_rows; it belongs to epd"):
+        write_images(PLAN, [0], PROMPTS[:1], tmp_path / "out", batch=1, device="cpu", max_rows=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_explicit_nodes_are_the_schedule_that_they_copy(net, tmp_path):
+    """A built schedule, listed: the same file, byte for byte. A last 0 is --final-zero, and edm adds none itself."""
+    nodes = PLAN.sigmas(net).tolist()
+    listed = ",".join(map(repr, nodes))
+    write_images(PLAN, [0], PROMPTS[:1], tmp_path / "built", batch=1, device="cpu")
+    common = [*BASE[2:], "--seeds", "0"]
+    for name, arguments in (
+        ("ddim", ["--sampler", "ddim", "--sigmas", listed]),
+        ("ddim-0", ["--sampler", "ddim", "--sigmas", listed + ", 0"]),
+        ("ddim-zero", ["--sampler", "ddim", "--sigmas", listed, "--final-zero"]),
+        ("edm", ["--sampler", "edm", "--sigmas", listed]),
+        ("edm-0", ["--sampler", "edm", "--sigmas", listed + ",0"]),
+        ("edm-no-zero", ["--sampler", "edm", "--num-steps", "3", "--schedule-type", "discrete", "--no-final-zero"]),
+    ):
+        result = run_cli(sample_baseline.main, *arguments, *common, "--outdir", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+    assert pngs(tmp_path / "ddim") == pngs(tmp_path / "built")
+    assert pngs(tmp_path / "ddim-0") == pngs(tmp_path / "ddim-zero") != pngs(tmp_path / "ddim")
+    assert manifest(tmp_path / "ddim-0") == manifest(tmp_path / "ddim-zero")
+    assert pngs(tmp_path / "edm") == pngs(tmp_path / "edm-no-zero") != pngs(tmp_path / "edm-0")
+    (line,), (ended,) = manifest(tmp_path / "ddim"), manifest(tmp_path / "edm-0")
+    assert (line["schedule_type"], line["schedule_rho"], line["num_steps"]) == (EXPLICIT, None, 3)
+    assert (line["sigmas"], line["final_zero"], line["nfe"]) == (nodes, False, 2)
+    assert (ended["sigmas"], ended["final_zero"], ended["num_steps"], ended["nfe"]) == ([*nodes, 0.0], True, 3, 5)
+    refused = run_cli(
+        sample_baseline.main, "--sampler", "ddim", "--sigmas", listed, *common, "--outdir", str(tmp_path / "built")
+    )
+    assert (refused.exit_code, "made with schedule_type 'discrete', not 'explicit'" in refused.output) == (2, True)
+
+
+def test_explicit_nodes_stay_where_the_model_was_trained(net, tmp_path):
+    plan = SamplingPlan("ddim", 2, EXPLICIT, None, dataset_name="emoji")
+    assert replace(plan, sigmas_list=(1.0009 * net.sigma_max, 1.0)).sigmas(net)[0] > net.sigma_max  # a rounded figure
+    high = replace(plan, sigmas_list=(1.0011 * net.sigma_max, 1.0))
+    with pytest.raises(SolverError, match=r"the sigmas begin at .*, where emoji was not trained"):
+        write_images(high, [0], PROMPTS[:1], tmp_path / "out", batch=1, device="cpu")
+    assert not list((tmp_path / "out").glob("[!.]*"))
+    with pytest.raises(SolverError, match=r"begin at 1\.0005"):
+        replace(plan, sigmas_list=(1.0005, 0.5)).sigmas(FlowNet())
+    assert replace(plan, sigmas_list=(1.0, 0.5), to_zero=True).sigmas(FlowNet()).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_plan_that_contradicts_its_nodes_is_refused():
+    plan = SamplingPlan("ddim", 2, EXPLICIT, None, sigmas_list=(3.0, 1.0), dataset_name="emoji")
+    plan.check()
+    for change in ({"num_steps": 3}, {"schedule_type": "discrete"}):
+        with pytest.raises(SolverError, match="2 explicit sigmas do not make a schedule"):
+            replace(plan, **change).check()
+
+
+class FlowNet(MixtureDenoiser):
+    """A flow model that a plan can be laid out for."""
+
+    dataset_name, device = "mixture", torch.device("cpu")
+
+    def __init__(self):
+        super().__init__(is_flow=True, flow_shift=3.0)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "wanted"),
+    [
+        ({}, {}),
+        ({"flowmatch_shift": 2.0}, {"shift": 2.0}),
+        ({"flowmatch_mu": 1.15}, {"mu": 1.15}),
+        ({"flowmatch_shift": 3.0, "flowmatch_mu": 1.15}, {"mu": 1.15}),  # as the published FLUX tables have it
+        ({"flowmatch_shift": 3.0, "schedule_type": "polynomial"}, {"schedule_type": "polynomial"}),
+    ],
+)
+def test_the_time_shift_of_a_table_reaches_its_schedule(made_for, wanted):
+    net = FlowNet()
+    table = replace(cold_start_table(5, 2), **({"schedule_type": "flowmatch"} | made_for))
+    expected = get_schedule(5, 0.003, 1.0, schedule_rho=1, net=net, **({"schedule_type": "flowmatch"} | wanted))
+    assert torch.equal(table_schedule(table, net), expected)
+    plan = SamplingPlan.of_table(table, None, "float32")
+    assert torch.equal(plan.sigmas(net), expected)
+    record = plan.record()
+    assert (record["flowmatch_shift"], record["flowmatch_mu"]) == (wanted.get("shift"), wanted.get("mu"))
+
+
+def test_training_refuses_the_schedule_of_flow_models_too(tmp_path):
+    values = ("model.schedule_type=flowmatch", f"run.output_root={tmp_path / 'exps'}")
+    overrides = [part for value in values for part in ("--override", value)]
+    config = ROOT / "training/ppo/cfgs/embedded.yaml"
+    result = run_cli(launch.main, "--config", str(config), "--device", "cpu", *overrides)
+    assert (result.exit_code, "Error: schedule flowmatch is for flow models" in result.output) == (2, True)
+    assert not (tmp_path / "exps").exists()
+
+
+def test_backbones_say_themselves_whether_they_are_flow_models(net):
+    assert net.is_flow == BACKBONES["emoji"].is_flow
 
 
 def test_folder_and_manifest(tmp_path):
@@ -178,6 +360,10 @@ def test_overwrite_mends_a_damaged_manifest_but_a_refused_plan_leaves_it_alone(t
     out = tmp_path / "out"
     write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=2, device="cpu")
     whole = (out / "manifest.jsonl").read_bytes()
+    high = SamplingPlan("ddim", 2, EXPLICIT, None, sigmas_list=(1e4, 1.0), dataset_name="emoji")
+    with pytest.raises(UserError, match="the sigmas begin at 10000"):  # known only when the model is loaded
+        write_images(high, [0], PROMPTS[:1], out, batch=1, device="cpu", overwrite=True)
+    assert (out / "manifest.jsonl").read_bytes() == whole
     flow = SamplingPlan("ddim", 3, "flowmatch", 1.0, dataset_name="emoji")
     with pytest.raises(UserError, match="flowmatch is for flow models"):
         write_images(flow, [0], PROMPTS[:1], out, batch=1, device="cpu", overwrite=True)
@@ -200,11 +386,66 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 def test_a_multistep_table_samples_at_its_own_order():
     table = cold_start_table(4, 2)
-    plans = [
-        SamplingPlan.of_table(replace(table, sampler_stu="ipndm", max_order=order), None, "float32") for order in (1, 3)
-    ]
-    assert [(plan.solver, plan.options) for plan in plans] == [("epd_ipndm", {"max_order": n}) for n in (1, 3)]
-    assert SamplingPlan.of_table(table, None, "float32").options == {}
+    for metadata, solver, options in (
+        ({"sampler_stu": "epd", "max_order": 7}, "epd", {}),
+        ({"sampler_stu": "ipndm", "max_order": 1}, "epd_ipndm", {"max_order": 1}),
+        ({"sampler_stu": "ipndm", "max_order": 4}, "epd_ipndm", {"max_order": 4}),
+        ({"sampler_stu": "ipndm", "max_order": None}, "epd_ipndm", {}),
+        ({"sampler_stu": "dpmpp"}, "epd_dpmpp", {"max_order": 2, "lower_order_final": True}),
+        (
+            {"sampler_stu": "dpmpp", "max_order": 3, "lower_order_final": False},
+            "epd_dpmpp",
+            {"max_order": 3, "lower_order_final": False},
+        ),
+    ):
+        plan = SamplingPlan.of_table(replace(table, dataset_name="emoji", **metadata), None, "float32")
+        plan.check()
+        assert (plan.solver, plan.options) == (solver, options)
+
+
+def test_tables_know_the_solvers_that_read_them():
+    highest = {name: HIGHEST_ORDER.get(solver) for name, solver in TABLE_SOLVERS.items()}
+    assert highest == table_metadata.TABLE_SOLVERS
+    assert set(TABLE_SOLVERS.values()) == {name for name, options in SOLVER_OPTIONS.items() if "table" in options}
+
+
+def test_default_folders_tell_plans_apart():
+    """Solver options, schedule and counts all show in the name, in plain characters."""
+    ddim = SamplingPlan("ddim", 11, "discrete", 1.0, dataset_name="emoji")
+    explicit = replace(ddim, schedule_type=EXPLICIT, schedule_rho=None, num_steps=3, sigmas_list=(14.6, 3.0, 0.5))
+    unipc = replace(ddim, solver="unipc")
+    dpmpp = SamplingPlan.of_table(replace(cold_start_table(11, 2), sampler_stu="dpmpp"), None, "float32")
+    named = {
+        "emoji-ddim-discrete-nfe10-para10": ddim,
+        "emoji-ddim-discrete-zero-nfe11-para11": replace(ddim, to_zero=True),
+        "emoji-ddim-discrete-nfe11-para11": replace(ddim, num_steps=12),
+        "emoji-ddim-discrete-afs-nfe10-para10": replace(ddim, num_steps=12, afs=True),
+        "emoji-ddim-logsnr-nfe10-para10": replace(ddim, schedule_type="logsnr"),
+        "emoji-ddim-discrete-rho2.5-nfe10-para10": replace(ddim, schedule_rho=2.5),
+        "emoji-ddim-polynomial-nfe10-para10": replace(ddim, schedule_type="polynomial", schedule_rho=7.0),
+        "emoji-ddim-discrete-sigma_min0.03-sigma_max14-nfe10-para10": replace(ddim, sigma_min=0.03, sigma_max=14.0),
+        "emoji-ddim-flowmatch-shift3-nfe10-para10": replace(ddim, schedule_type="flowmatch", flowmatch_shift=3.0),
+        "emoji-ddim-flowmatch-mu1.15-nfe10-para10": replace(ddim, schedule_type="flowmatch", flowmatch_mu=1.15),
+        "emoji-unipc-discrete-nfe10-para10": unipc,
+        "emoji-unipc-max_order3-variantbh1-discrete-nfe10-para10": replace(
+            unipc, options={"variant": "bh1", "max_order": 3}
+        ),
+        "emoji-unipc-no_lower_order_final-discrete-nfe10-para10": replace(unipc, options={"lower_order_final": False}),
+        "emoji-edm-s_churn3-s_max1e20-discrete-zero-nfe21-para21": replace(
+            ddim, solver="edm", options={"s_churn": 3.0, "s_max": 1e20}, to_zero=True
+        ),
+        "ms_coco-epd_dpmpp-lower_order_final-max_order2-discrete-nfe30-para20": dpmpp,
+        "emoji-ddim-explicit72557f-nfe2-para2": explicit,
+        "emoji-ddim-explicitf1fad9-zero-nfe3-para3": replace(explicit, to_zero=True),
+        "emoji-ddim-explicit15b221-nfe2-para2": replace(explicit, sigmas_list=(14.6, 3.0, 0.6)),
+    }
+    assert [plan.default_outdir() for plan in named.values()] == [Path("samples") / name for name in named]
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in named)
+
+
+def test_the_record_says_the_options_that_were_not_given():
+    plan = SamplingPlan("unipc", 3, "discrete", 1.0, {"variant": "bh1"}, dataset_name="emoji")
+    assert plan.record()["options"] == {"max_order": 2, "variant": "bh1", "lower_order_final": True}
 
 
 def test_strange_pictures_are_not_mixed_in(tmp_path):
@@ -213,15 +454,69 @@ def test_strange_pictures_are_not_mixed_in(tmp_path):
         write_images(PLAN, [0], PROMPTS[:1], tmp_path, batch=1, device="cpu")
 
 
-BASE = ["--sampler", "ddim", "--dataset-name", "emoji", "--prompt-file", str(TEST_PROMPTS)]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([*BASE, "--seeds", "0-5000"], "seed 1000 has no prompt: 1000 prompts serve seeds 0-999"),
         ([*BASE, "--seeds", "5-1"], "the range 5-1 runs backwards"),
-        ([*BASE, "--max-order", "3"], "ddim takes no option max_order; it belongs to ipndm"),
+        (
+            [*BASE, "--max-order", "3"],
+            "ddim takes no option max_order; it belongs to ipndm, ipndm_v, deis, dpmpp, unipc",
+        ),
+        ([*BASE, "--inner-steps", "2"], "ddim takes no option inner_steps; it belongs to dpm"),
+        ([*BASE, "--variant", "bh1"], "ddim takes no option variant; it belongs to unipc"),
+        ([*BASE, "--lower-order-final"], "ddim takes no option lower_order_final; it belongs to dpmpp, unipc"),
+        ([*BASE, "--no-lower-order-final"], "ddim takes no option lower_order_final; it belongs to dpmpp, unipc"),
+        ([*BASE, "--s-churn", "0"], "ddim takes no option s_churn; it belongs to edm"),
+        (["--sampler", "heun", *BASE[2:], "--s-min", "1"], "heun takes no option s_min; it belongs to edm"),
+        (["--sampler", "deis", *BASE[2:], "--variant", "bh2"], "deis takes no option variant"),
+        (["--sampler", "deis", *BASE[2:], "--lower-order-final"], "deis takes no option lower_order_final"),
+        (["--sampler", "deis", *BASE[2:], "--max-order", "5"], "max_order of deis must be 1 to 4"),
+        (
+            ["--sampler", "dpmpp", *BASE[2:], "--max-order", "4"],
+            "max_order of dpmpp must be 1 to 3",
+        ),
+        (
+            ["--sampler", "unipc", *BASE[2:], "--max-order", "0"],
+            "max_order of unipc must be 1 to 3",
+        ),
+        (["--sampler", "ipndm_v", *BASE[2:], "--max-order", "2.5"], "'2.5' is not a valid integer"),
+        (["--sampler", "unipc", *BASE[2:], "--variant", "bh3"], "'bh3' is not one of 'bh1', 'bh2'"),
+        (["--sampler", "dpm", *BASE[2:], "--inner-steps", "0"], "inner_steps must be at least 1"),
+        (["--sampler", "epd", *BASE[2:]], "'epd' is not one of 'ddim'"),
+        (["--sampler", "dpm", *BASE[2:], "--final-zero"], "dpm cannot step to sigma 0; only edm, ddim"),
+        (["--sampler", "dpm2", *BASE[2:], "--final-zero"], "dpm2 cannot step to sigma 0"),
+        (["--sampler", "heun", *BASE[2:], "--sigmas", "14.6,1,0"], "heun cannot step to sigma 0"),
+        ([*BASE, "--schedule-type", "flowmatch"], "flowmatch is for flow models; use discrete or polynomial for emoji"),
+        ([*BASE, "--flowmatch-mu", "1"], "shift and mu belong to schedule flowmatch, not to time_uniform"),
+        (
+            [*BASE, "--schedule-type", "flowmatch", "--flowmatch-shift", "3", "--flowmatch-mu", "1"],
+            "give shift 3 or mu 1, not both",
+        ),
+        ([*BASE, "--schedule-type", "explicit"], "unknown schedule type 'explicit'"),
+        ([*BASE, "--sigmas", ""], "--sigmas: entry 1 is empty"),
+        ([*BASE, "--sigmas", "3,,1"], "--sigmas: entry 2 is empty"),
+        ([*BASE, "--sigmas", "3,1,"], "--sigmas: entry 3 is empty"),
+        ([*BASE, "--sigmas", "3,1,O.1"], "--sigmas: entry 3 is 'O.1', not a number"),
+        ([*BASE, "--sigmas", "3 1"], "--sigmas: entry 1 is '3 1', not a number"),
+        ([*BASE, "--sigmas", "3"], "a list of sigmas needs at least 2 nodes, got 1"),
+        ([*BASE, "--sigmas", "3,0"], "--sigmas needs at least 2 nodes above 0"),
+        ([*BASE, "--sigmas", "3,4"], "fall strictly towards 0, but node 0 is 3 and the next 4"),
+        ([*BASE, "--sigmas", "3,0,0"], "fall strictly towards 0, but node 1 is 0 and the next 0"),
+        ([*BASE, "--sigmas", "3,1,-1"], "fall strictly towards 0, but node 1 is 1 and the next -1"),
+        ([*BASE, "--sigmas", "nan,1"], "sigmas must be finite"),
+        ([*BASE, "--sigmas", "inf,1"], "sigmas must be finite"),
+        ([*BASE, "--sigmas", "3,1", "--num-steps", "11"], "leave out --num-steps"),
+        ([*BASE, "--sigmas", "3,1", "--schedule-type", "discrete"], "leave out --schedule-type"),
+        ([*BASE, "--sigmas", "3,1", "--schedule-rho", "1"], "leave out --schedule-rho"),
+        ([*BASE, "--sigmas", "3,1", "--sigma-min", "1"], "leave out --sigma-min"),
+        ([*BASE, "--sigmas", "3,1", "--sigma-max", "3"], "leave out --sigma-max"),
+        ([*BASE, "--sigmas", "3,1", "--flowmatch-shift", "3"], "leave out --flowmatch-shift"),
+        ([*BASE, "--sigmas", "3,1", "--flowmatch-mu", "3"], "leave out --flowmatch-mu"),
+        (
+            ["--sampler", "edm", *BASE[2:], "--sigmas", "3,1,0", "--no-final-zero"],
+            "--sigmas ends in 0; leave out that 0",
+        ),
         ([*BASE, "--num-steps", "1"], "num_steps must be at least 2"),
         ([*BASE, "--schedule-type", "cosine"], "unknown schedule type 'cosine'; use one of polynomial"),
         ([*BASE, "--schedule-rho", "-1"], "schedule_rho must be positive, got -1"),
@@ -245,11 +540,77 @@ def test_mistakes_cost_one_line_and_nothing_else(tmp_path, arguments, message):
     assert not out.exists()
 
 
+def test_a_mistake_is_found_without_an_outdir_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["--num-steps", "1"], "num_steps must be at least 2"),
+        (["--sigmas", "3"], "a list of sigmas needs at least 2 nodes"),
+        (["--final-zero", "--s-noise", "1"], "ddim takes no option s_noise"),
+    ):
+        result = run_cli(sample_baseline.main, *BASE, *arguments)
+        assert (result.exit_code, result.output.count("Error: "), message in result.output) == (2, 1, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_agrees_with_solver_utils():
+    """Names, ranges and defaults that `--help` gives without loading torch."""
+    without_table = {name: options for name, options in SOLVER_OPTIONS.items() if "table" not in options}
+    assert tuple(without_table) == sample_baseline.SAMPLERS
+    assert sample_baseline.VARIANTS == UNIPC_VARIANTS
+    parameters = {parameter.name: parameter for parameter in sample_baseline.main.params}
+    assert {name for options in without_table.values() for name in options} - {"randn_like"} <= set(parameters)
+    assert set(sample_baseline.SCHEDULE_OPTIONS) <= set(parameters)
+    assert re.findall(r"\b[a-z]+(?:_[a-z]+)?\b", parameters["schedule_type"].help)[:4] == list(SCHEDULE_TYPES[:4])
+    assert SCHEDULE_TYPES[4:] == ("flowmatch",) and "flowmatch" in parameters["schedule_type"].help
+    by_name = r"[a-z]\w*"
+    for name in ("inner_steps", "s_churn", "s_min", "s_max", "s_noise", "max_order", "variant", "lower_order_final"):
+        takers = [solver for solver, options in without_table.items() if name in options]
+        told = parameters[name].help.removeprefix("Of ").split(":")[0]
+        assert re.findall(by_name, told) == takers, name
+        if name == "max_order":
+            ranges = [(re.findall(by_name, part), int(part[-1])) for part in re.findall(r"([^()]*\(1-\d)\)", told)]
+            assert {solver: top for solvers, top in ranges for solver in solvers} == {
+                solver: HIGHEST_ORDER[solver] for solver in takers
+            }
+        (default,) = {without_table[solver][name] for solver in takers}
+        text = "yes" if default is True else default if isinstance(default, str) else f"{default:g}"
+        assert parameters[name].show_default == text, name
+    assert set(re.findall(by_name, parameters["final_zero"].help.split("not of ")[1])) == set(without_table) - set(
+        SOLVERS_TO_ZERO
+    )
+
+
+def test_the_default_folder_in_the_help_is_the_one_in_the_code():
+    (outdir,) = [parameter for parameter in sample.main.params if parameter.name == "outdir"]
+    assert outdir.show_default in SamplingPlan.default_outdir.__doc__
+
+
 def test_bad_predictors(tmp_path):
     truncated = tmp_path / "cut.pkl"
     truncated.write_bytes(b"\x80\x04\x95")
     for path, message in ((tmp_path / "missing.pkl", "missing.pkl"), (truncated, "cut.pkl")):
         result = run_cli(sample.main, "--predictor_path", str(path), "--prompt", "x", "--outdir", str(tmp_path / "out"))
+        assert (result.exit_code, result.output.count("\n")) == (2, 1)
+        assert message in result.output
+    table = start_table(tmp_path, sampler_stu="dpmpp")
+    table.write_text(table.read_text().replace('"max_order": 2', '"max_order": 4'))
+    flow = tmp_path / "flow"
+    flow.mkdir()
+    for path, message in (
+        (table, "table.json: max_order is 4; dpmpp has orders 1 to 3"),
+        (start_table(flow, schedule_type="flowmatch"), "flowmatch is for flow models"),
+    ):
+        result = run_cli(
+            sample.main,
+            "--predictor_path",
+            str(path),
+            "--prompt",
+            "x",
+            "--seeds",
+            "0",
+            "--outdir",
+            str(tmp_path / "out"),
+        )
         assert (result.exit_code, result.output.count("\n")) == (2, 1)
         assert message in result.output
     assert not (tmp_path / "out").exists()

@@ -54,7 +54,7 @@ def write_samples(folder: Path, seeds: list[int], **sampling: object) -> list[st
     """A folder as `sample.py` leaves it, listed out of order."""
     names = [f"000000/{seed:06d}.png" for seed in seeds]
     write_images(folder, names, seed=len(sampling))
-    sampling = {"solver": "ddim", "parallel_nfe": 10, "table_sha256": None} | sampling
+    sampling = {"solver": "ddim", "options": {}, "parallel_nfe": 10, "table_sha256": None} | sampling
     rows = [
         {"file": name, "seed": seed, "prompt": PROMPTS[seed], **sampling}
         for name, seed in zip(names, seeds, strict=True)
@@ -113,7 +113,7 @@ def test_the_manifest_joins(tmp_path):
     assert [(e.file, e.seed, e.prompt) for e in images.entries] == [
         (f"000000/{seed:06d}.png", seed, PROMPTS[seed]) for seed in (0, 2, 4)
     ]
-    assert images.sampling["solver"] == "ddim"
+    assert (images.sampling["solver"], images.sampling["options"]) == ("ddim", {})
     assert images.sampling["parallel_nfe"] == 10
     assert images.sampling["table_sha256"] == "ab"
     # Prompts beside a manifest are a check: line s belongs to seed s, whichever seeds there are.
@@ -168,6 +168,11 @@ def test_unfitting_folders_are_refused(tmp_path):
         (lambda rows: [*rows, {**rows[0], "file": "x.png"}], "lists seed 2 more than once"),
         (lambda rows: [*rows, {**rows[0], "file": "x.png", "seed": 7}], "1 of the 4 images in .* missing: seeds 7"),
         (lambda rows: [{**rows[0], "solver": "heun"}, *rows[1:]], "mixes images of solver"),
+        (lambda rows: [{**rows[0], "options": {"a": 1}}, *rows[1:]], "mixes images of options {}, {'a': 1}: score"),
+        (
+            lambda rows: [{**rows[0], "schedule_type": "logsnr"}, *rows[1:]],
+            "mixes images of schedule_type None, logsnr",
+        ),
         (lambda rows: [{**rows[0], "seed": "2"}, *rows[1:]], "line 1 lacks file, seed or prompt"),
         (lambda rows: [[1, 2], *rows], "line 1 lacks file, seed or prompt"),
         (lambda rows: [], "none of the 3 images"),
@@ -292,7 +297,8 @@ def test_help_loads_no_heavy_library(script):
 
 def record(folder: str, scores: list[float], metric: str = "hps_v2.1", **changes: object) -> dict:
     rows = [{"file": f"{i}.png", "seed": i, "prompt": PROMPTS[i], "score": s} for i, s in enumerate(scores)]
-    fields = {"metric": metric, "images_dir": folder, "solver": Path(folder).name, "parallel_nfe": 10}
+    fields = {"metric": metric, "images_dir": folder, "solver": Path(folder).name}
+    fields |= {"nfe": 15, "parallel_nfe": 10, "forwards": 30, "options": {"max_order": 2}, "schedule_type": "logsnr"}
     how = {"weights_sha256": "ab", "preprocessing": "p", "dtype": "float32", "libraries": {"torch": "2.15"}}
     return {**fields, "version": "v2.1", **how, "unreadable": [], "scores": rows, **changes}
 
@@ -306,7 +312,8 @@ def test_comparison_arithmetic():
     assert comparison["count"] == 3
     first, second = comparison["rows"]
     assert (first["label"], first["differences"], second["label"]) == ("learned", None, "ddim")
-    assert (second["solver"], second["parallel_nfe"]) == ("ddim", 10)
+    assert (second["solver"], second["options"], second["schedule_type"]) == ("ddim", {"max_order": 2}, "logsnr")
+    assert (second["nfe"], second["parallel_nfe"], second["forwards"]) == (15, 10, 30)
     assert first["scores"]["hps_v2.1"]["mean"] == pytest.approx(0.7)
     assert first["scores"]["hps_v2.1"]["ci95"] == pytest.approx([0.7 - 0.4968276, 0.7 + 0.4968276], abs=1e-6)
     difference = second["differences"]["hps_v2.1"]
@@ -318,19 +325,21 @@ def test_comparison_arithmetic():
     lines = to_markdown(comparison).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:4]]
     assert cells[0] == [
-        *("label", "solver", "parallel NFE", "hps_v2.1", "judge"),
+        *("label", "solver", "parallel NFE", "NFE", "forwards", "hps_v2.1", "judge"),
         *("learned - this, hps_v2.1", "learned - this, judge"),
     ]
-    assert cells[2] == ["learned", "learned", "10", "0.7000 ± 0.4968", "1.6667 ± 2.8684", "", ""]
-    assert cells[3][3:] == ["0.5000 ± 0.2484", "1.6667 ± 1.4342", "+0.2000 ± 0.2484", "+0.0000 ± 2.4841"]
+    assert cells[2] == ["learned", "learned", "10", "15", "30", "0.7000 ± 0.4968", "1.6667 ± 2.8684", "", ""]
+    assert cells[3][5:] == ["0.5000 ± 0.2484", "1.6667 ± 1.4342", "+0.2000 ± 0.2484", "+0.0000 ± 2.4841"]
     assert len({len(line) for line in lines[:4]}) == 1
 
 
 def test_comparison_without_reference_or_sampling_facts():
     foreign = record("photos", [0.25])
-    del foreign["solver"], foreign["parallel_nfe"]
-    table = to_markdown(compare([foreign]))
-    assert table.splitlines()[2].replace(" ", "") == "|photos|||0.2500|"
+    for name in ("solver", "options", "schedule_type", "nfe", "parallel_nfe", "forwards"):
+        del foreign[name]
+    comparison = compare([foreign])
+    assert to_markdown(comparison).splitlines()[2].replace(" ", "") == "|photos|||||0.2500|"
+    assert (comparison["rows"][0]["options"], comparison["rows"][0]["forwards"]) == (None, None)
 
 
 def test_folders_of_one_name_are_told_apart():

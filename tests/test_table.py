@@ -108,7 +108,10 @@ NAN = float("nan")
         ({"schedule_rho": 0}, ["schedule_rho"]),
         ({"sigma_min": 2.0, "sigma_max": 1.0}, ["sigma_max"]),
         ({"dataset_name": "a\nb"}, ["dataset_name"]),
-        ({"sampler_stu": "euler"}, ["euler"]),
+        ({"sampler_stu": "euler"}, ["euler", "epd, ipndm, dpmpp"]),
+        ({"sampler_stu": "ipndm", "max_order": 5}, ["max_order is 5; ipndm has orders 1 to 4"]),
+        ({"sampler_stu": "dpmpp", "max_order": 4}, ["max_order is 4; dpmpp has orders 1 to 3"]),
+        ({"sampler_stu": "dpmpp", "max_order": 0}, ["max_order is 0"]),
         ({"backend_config": {"x": NAN}}, ["backend_config"]),
         ({"backend_config": {1: 2}}, ["backend_config"]),
         ({"backend_config": [1]}, ["backend_config"]),
@@ -197,6 +200,32 @@ def test_pkl_is_exact_to_1e_6(tmp_path_factory, seed, rows, points, half):
         torch.testing.assert_close(getattr(again, name), getattr(table, name), rtol=0, atol=1e-6)
     assert again.scale_dir_range == (half or 1.0) and again.scale_time_range == 1.0
     assert {**again.metadata(), "scale_dir_range": half, "scale_time_range": 0.0} == table.metadata()
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".safetensors", ".json"])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"sampler_stu": "ipndm", "max_order": 4},
+        {"sampler_stu": "dpmpp", "max_order": 3, "lower_order_final": False},
+        {"sampler_stu": "dpmpp", "max_order": None},
+        {"sampler_stu": "epd", "max_order": 7},  # says nothing to epd
+        {"flowmatch_shift": 3.0, "flowmatch_mu": 1.15},
+    ],
+    ids=str,
+)
+def test_solver_and_time_shift_survive_every_format(tmp_path, suffix, metadata):
+    table = random_table(4, 3, 2, scales=False, **metadata)
+    save_table(table, tmp_path / f"t{suffix}")
+    assert load_table(tmp_path / f"t{suffix}").metadata() == table.metadata()
+
+
+def test_an_order_that_the_solver_lacks_is_refused_at_load(tmp_path):
+    save_table(random_table(4, 3, 2, sampler_stu="epd", max_order=4), tmp_path / "t.json")
+    text = (tmp_path / "t.json").read_text()
+    (tmp_path / "t.json").write_text(text.replace('"sampler_stu": "epd"', '"sampler_stu": "dpmpp"'))
+    with pytest.raises(TableError, match=r"t\.json: max_order is 4; dpmpp has orders 1 to 3$"):
+        load_table(tmp_path / "t.json")
 
 
 def test_pkl_without_scales_says_so(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +14,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from solver_utils import NFE, check_options, check_schedule, count_nfe, get_schedule
+from solver_utils import (
+    NFE,
+    SOLVER_OPTIONS,
+    SolverError,
+    check_options,
+    check_schedule,
+    count_nfe,
+    default_rho,
+    explicit_schedule,
+    get_schedule,
+)
 from solvers import SOLVERS
 from torch_utils import distributed
 from torch_utils.seeds import noise
-from training.denoisers import Denoiser, TextCond, check_model, create_model, find_model
+from training.denoisers import Denoiser, TextCond, check_model, check_model_schedule, create_model, find_model
 from training.images import image_grid, quantize, save_png
 from training.manifest import Manifest, image_name
 from training.table import SolverTable
 
 Sampler = Callable[[Denoiser, Tensor, Tensor, TextCond], Tensor]
 GRID_IMAGES = 64
+TABLE_SOLVERS = {"epd": "epd", "ipndm": "epd_ipndm", "dpmpp": "epd_dpmpp"}  # a table's sampler_stu -> key of SOLVERS
+EXPLICIT = "explicit"  # the schedule type of nodes given one by one
+SIGMA_MAX_MARGIN = 1.001  # how far beyond the model's sigma_max a rounded first node may lie
 
 
 def table_schedule(made_for: SolverTable | SamplingPlan, net: Denoiser) -> Tensor:
@@ -30,7 +45,17 @@ def table_schedule(made_for: SolverTable | SamplingPlan, net: Denoiser) -> Tenso
     sigma_min = net.sigma_min if made_for.sigma_min is None else made_for.sigma_min
     sigma_max = net.sigma_max if made_for.sigma_max is None else made_for.sigma_max
     schedule = made_for.schedule_type, made_for.schedule_rho
-    return get_schedule(made_for.num_steps, sigma_min, sigma_max, net.device, *schedule, net)
+    shift, mu = _time_shift(made_for)
+    return get_schedule(made_for.num_steps, sigma_min, sigma_max, net.device, *schedule, net, shift=shift, mu=mu)
+
+
+def _time_shift(made_for: SolverTable | SamplingPlan) -> tuple[float | None, float | None]:
+    """(shift, mu) of schedule flowmatch, at most one of them. A table that names both, as the published FLUX ones do,
+    means mu: their scheduler shifts dynamically. Other schedule types have neither, whatever a table says."""
+    if made_for.schedule_type != "flowmatch":
+        return None, None
+    mu = made_for.flowmatch_mu
+    return made_for.flowmatch_shift if mu is None else None, mu
 
 
 @torch.no_grad()
@@ -50,13 +75,16 @@ class SamplingPlan:
 
     solver: str  # a key of solvers.SOLVERS
     num_steps: int  # nodes; a node 0 that `to_zero` appends is not counted
-    schedule_type: str
-    schedule_rho: float
-    options: dict[str, float] = field(default_factory=dict)  # of the solver, beside its table
+    schedule_type: str  # of solver_utils.SCHEDULE_TYPES, or EXPLICIT with `sigmas_list`
+    schedule_rho: float | None  # None: of EXPLICIT
+    options: dict[str, float | str] = field(default_factory=dict)  # of the solver, beside its table and `max_rows`
     table: SolverTable | None = None
     sigma_min: float | None = None  # None: the model's
     sigma_max: float | None = None
-    to_zero: bool = False
+    flowmatch_shift: float | None = None
+    flowmatch_mu: float | None = None
+    sigmas_list: tuple[float, ...] | None = None  # of EXPLICIT: all `num_steps` nodes
+    to_zero: bool = False  # a node 0 follows the schedule
     afs: bool = False
     dataset_name: str = "ms_coco"
     guidance_type: str = "cfg"
@@ -66,17 +94,21 @@ class SamplingPlan:
 
     @classmethod
     def of_table(cls, table: SolverTable, model_path: str | None, precision: str) -> SamplingPlan:
-        """Sampling with an EPD table under the conditions that it was made for."""
-        is_multistep = table.sampler_stu == "ipndm"
+        """Sampling with an EPD table, by its solver and under the conditions that it was made for."""
+        solver = TABLE_SOLVERS[table.sampler_stu]
+        named = {name: value for name, value in table.metadata().items() if name in SOLVER_OPTIONS[solver]}
+        shift, mu = _time_shift(table)
         return cls(
-            solver="epd_ipndm" if is_multistep else "epd",
-            options={"max_order": table.max_order} if is_multistep and table.max_order is not None else {},
+            solver=solver,
+            options={name: value for name, value in named.items() if value is not None},
             num_steps=table.num_steps,
             schedule_type=table.schedule_type,
             schedule_rho=table.schedule_rho,
             table=table,
             sigma_min=table.sigma_min,
             sigma_max=table.sigma_max,
+            flowmatch_shift=shift,
+            flowmatch_mu=mu,
             afs=table.afs,
             dataset_name=table.dataset_name,
             guidance_type=table.guidance_type,
@@ -90,7 +122,17 @@ class SamplingPlan:
         check_options(self.solver, self.options)
         self.nfe()
         check_model(self.dataset_name, self.guidance_type, self.guidance_rate, self.model_path, self.precision)
-        check_schedule(self.schedule_type, self.num_steps, self.sigma_min, self.sigma_max, self.schedule_rho)
+        if self.sigmas_list is not None:
+            explicit_schedule(self.nodes())
+            if (self.schedule_type, self.num_steps) != (EXPLICIT, len(self.sigmas_list)):
+                raise SolverError(
+                    f"{len(self.sigmas_list)} explicit sigmas do not make a schedule {self.schedule_type} of "
+                    f"{self.num_steps} nodes"
+                )
+            return
+        schedule = self.schedule_type, self.num_steps, self.sigma_min, self.sigma_max, self.schedule_rho
+        check_schedule(*schedule, self.flowmatch_shift, self.flowmatch_mu)
+        check_model_schedule(self.dataset_name, self.schedule_type)
 
     def nfe(self) -> NFE:
         """Evaluations that one image costs."""
@@ -103,16 +145,31 @@ class SamplingPlan:
             self.dataset_name, self.guidance_type, self.guidance_rate, device, self.model_path, self.precision
         )
 
-    def sigmas(self, net: Denoiser) -> Tensor:
-        """Nodes of the run: float64, with a last 0 where `to_zero` asks for it."""
-        nodes = table_schedule(self, net)
-        return torch.cat([nodes, nodes.new_zeros(1)]) if self.to_zero else nodes
+    def nodes(self) -> list[float] | None:
+        """`sigmas_list` with a last 0 where `to_zero` asks for it; None for schedules that need the model's range."""
+        return None if self.sigmas_list is None else [*self.sigmas_list, *[0.0] * self.to_zero]
 
-    def sampler(self, seeds: Sequence[int]) -> Sampler:
-        """The solver with its options; noise that it draws on the way comes from the image's seed too."""
+    def sigmas(self, net: Denoiser) -> Tensor:
+        """Nodes of the run: float64, with a last 0 where `to_zero` asks for it. Raises SolverError."""
+        if self.sigmas_list is None:
+            nodes = table_schedule(self, net)
+            return torch.cat([nodes, nodes.new_zeros(1)]) if self.to_zero else nodes
+        first, highest = self.sigmas_list[0], 1.0 if net.is_flow else SIGMA_MAX_MARGIN * net.sigma_max
+        if first > highest:
+            raise SolverError(
+                f"the sigmas begin at {first:g}, where {self.dataset_name} was not trained: its noise levels end at "
+                f"{net.sigma_max:g}"
+            )
+        return explicit_schedule(self.nodes(), net.device)
+
+    def sampler(self, seeds: Sequence[int], max_rows: int | None = None) -> Sampler:
+        """The solver with its options; noise that it draws on the way comes from the image's seed too.
+
+        `max_rows`, of solvers with a table, limits the rows of a network call and changes no image.
+        """
         options: dict[str, object] = dict(self.options)
         if self.table is not None:
-            options["table"] = self.table
+            options |= {"table": self.table, "max_rows": max_rows}
         if self.solver == "edm":
             draws = iter(range(self.num_steps))
 
@@ -125,9 +182,14 @@ class SamplingPlan:
     def record(self) -> dict[str, object]:
         """What every manifest line of this run says."""
         nfe = self.nfe()
+        defaults = {
+            name: value
+            for name, value in SOLVER_OPTIONS[self.solver].items()
+            if value is not None and value != math.inf  # JSON has no infinity
+        }
         return {
             "solver": self.solver,
-            "options": self.options,
+            "options": defaults | self.options,
             "num_steps": self.num_steps,
             "table_sha256": self.table.sha256() if self.table else None,
             "nfe": nfe.nfe,
@@ -137,6 +199,10 @@ class SamplingPlan:
             "schedule_rho": self.schedule_rho,
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
+            "flowmatch_shift": self.flowmatch_shift,
+            "flowmatch_mu": self.flowmatch_mu,
+            "sigmas": self.nodes(),
+            "final_zero": self.to_zero,
             "afs": self.afs,
             "dataset_name": self.dataset_name,
             "guidance_rate": self.guidance_rate,
@@ -145,21 +211,56 @@ class SamplingPlan:
         }
 
     def default_outdir(self) -> Path:
-        """`samples/<model>-<solver>-para<parallel NFE>`."""
-        return Path("samples") / f"{self.dataset_name}-{self.solver}-para{self.nfe().parallel_nfe}"
+        """`samples/<model>-<solver>[-<option><value>...]-<schedule>-nfe<NFE>-para<parallel NFE>`.
+
+        The schedule is its type and what else decides the nodes, where it is not the default: `discrete-sigma_min0.2`,
+        `explicit1f0a9c` (the start of a hash of the list), `polynomial-zero`, `logsnr-afs`. Raises SolverError.
+        """
+        nfe = self.nfe()
+        words = [self.dataset_name, self.solver, *(_word(name, self.options[name]) for name in sorted(self.options))]
+        if self.sigmas_list is None:
+            has_default_rho = self.schedule_rho == default_rho(self.schedule_type)
+            choices = {
+                "rho": None if has_default_rho else self.schedule_rho,
+                "sigma_min": self.sigma_min,
+                "sigma_max": self.sigma_max,
+                "shift": self.flowmatch_shift,
+                "mu": self.flowmatch_mu,
+            }
+            words += [self.schedule_type, *(_word(name, value) for name, value in choices.items() if value is not None)]
+        else:
+            words.append(EXPLICIT + hashlib.sha256(json.dumps(self.nodes()).encode("ascii")).hexdigest()[:6])
+        words += ["zero"] * self.to_zero + ["afs"] * self.afs
+        return Path("samples") / "-".join([*words, f"nfe{nfe.nfe}", f"para{nfe.parallel_nfe}"])
+
+
+def _word(name: str, value: float | str) -> str:
+    """`max_order2`, `variantbh1`, `no_lower_order_final`: a part of a file name."""
+    if isinstance(value, bool):
+        return name if value else f"no_{name}"
+    return name + (value if isinstance(value, str) else f"{value:.12g}".replace("+", ""))
 
 
 def generate_images(
-    net: Denoiser, plan: SamplingPlan, seeds: Sequence[int], prompts: Sequence[str], batch: int
+    net: Denoiser,
+    plan: SamplingPlan,
+    seeds: Sequence[int],
+    prompts: Sequence[str],
+    batch: int,
+    max_rows: int | None = None,
 ) -> Iterator[tuple[Sequence[int], Sequence[str], Tensor]]:
-    """Yield (seeds, prompts, images `[b, 3, H, W]`), at most `batch` images at a time; see `generate_batch`."""
+    """Yield (seeds, prompts, images `[b, 3, H, W]`), at most `batch` images at a time; see `generate_batch`.
+
+    `max_rows`: see `SamplingPlan.sampler`.
+    """
     sigmas = plan.sigmas(net)
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
+        sampler = plan.sampler(seeds[part], max_rows)
         yield (
             seeds[part],
             prompts[part],
-            generate_batch(net, list(prompts[part]), list(seeds[part]), plan.sampler(seeds[part]), sigmas),
+            generate_batch(net, list(prompts[part]), list(seeds[part]), sampler, sigmas),
         )
 
 
@@ -171,23 +272,27 @@ def write_images(
     *,
     batch: int,
     device: str,
+    max_rows: int | None = None,
     overwrite: bool = False,
     grid: bool = False,
 ) -> None:
     """Sample `prompts[i]` with `seeds[i]` into `outdir/000000/000123.png` and `outdir/manifest.jsonl`.
 
     Images that `outdir` already has from an equal plan are kept after a check of their hash; `overwrite` makes them
-    anew. Under `torchrun` the ranks share out the seeds. Raises a `UserError` subclass before anything is written when
-    the plan cannot work or `outdir` holds images of another plan.
+    anew. Under `torchrun` the ranks share out the seeds. `batch` and `max_rows` (of a network call, for plans with a
+    table) only cut up the work and are no part of the plan. Raises a `UserError` subclass before anything is written
+    when the plan cannot work or `outdir` holds images of another plan.
     """
     prompt_of = dict(zip(seeds, prompts, strict=True))
+    if max_rows is not None:
+        check_options(plan.solver, {"max_rows": max_rows})
     distributed.init(device)
     try:
         with contextlib.ExitStack() as locks:
             manifest, todo = distributed.on_main(lambda: _prepare(plan, prompt_of, outdir, overwrite, locks))
             distributed.print0(f"{outdir}: {len(todo)} images to make, {len(seeds) - len(todo)} finished before")
             if todo:
-                _generate(plan, manifest, todo, prompt_of, batch, overwrite)
+                _generate(plan, manifest, todo, prompt_of, batch, max_rows, overwrite)
             if grid and distributed.is_main():
                 pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
                 save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / "grid.png")
@@ -211,7 +316,13 @@ def _prepare(
 
 
 def _generate(
-    plan: SamplingPlan, manifest: Manifest, todo: list[int], prompt_of: dict[int, str], batch: int, overwrite: bool
+    plan: SamplingPlan,
+    manifest: Manifest,
+    todo: list[int],
+    prompt_of: dict[int, str],
+    batch: int,
+    max_rows: int | None,
+    overwrite: bool,
 ) -> None:
     """This rank's share of `todo`; afterwards rank 0 joins the lines of all ranks."""
     from tqdm import tqdm
@@ -226,7 +337,8 @@ def _generate(
         manifest.writer(distributed.rank()) as add,
         tqdm(total=len(mine), unit="image", desc=plan.solver, disable=not distributed.is_main()) as bar,
     ):
-        for part, texts, images in generate_images(net, plan, mine, [prompt_of[seed] for seed in mine], batch):
+        texts_of_mine = [prompt_of[seed] for seed in mine]
+        for part, texts, images in generate_images(net, plan, mine, texts_of_mine, batch, max_rows):
             for seed, prompt, image in zip(part, texts, images.cpu(), strict=True):
                 save_png(image, manifest.folder / image_name(seed))
                 add(seed, prompt)

@@ -27,7 +27,7 @@ OPTIONS = (
         help="Where to write",
         metavar="DIR",
         type=click.Path(path_type=Path),
-        show_default="samples/<model>-<solver>-para<NFE>",
+        show_default="samples/<model>-<solver>[-<option><value>...]-<schedule>-nfe<NFE>-para<parallel NFE>",
     ),
     click.option(
         "--model-path",

@@ -8,6 +8,10 @@ from dataclasses import dataclass, fields
 
 from torch_utils.errors import UserError
 
+# The solvers that read a table, and the highest `max_order` of those that have one: solver_utils owns these numbers,
+# but needs torch; a test keeps the two in step.
+TABLE_SOLVERS: dict[str, int | None] = {"epd": None, "ipndm": 4, "dpmpp": 3}
+
 
 class TableError(UserError):
     """A solver table, or a file that should hold one, is not usable. The message is one line."""
@@ -33,18 +37,18 @@ class TableMetadata:
     backend: str = "ldm"  # backbone family in the published files
     backend_config: dict | None = None  # plain JSON object, never None once built
     img_resolution: int | None = None  # pixels, as stored: the published SD 1.5 tables say 1024 and sample 512
-    flowmatch_mu: float | None = None
-    flowmatch_shift: float | None = None
-    sampler_stu: str = "epd"  # the solver that reads the table: epd, or ipndm (EPD slopes in an iPNDM step)
+    flowmatch_mu: float | None = None  # of schedule flowmatch, the log of its time shift; goes before flowmatch_shift
+    flowmatch_shift: float | None = None  # of schedule flowmatch, the time shift itself
+    sampler_stu: str = "epd"  # the solver that reads the table: epd, or EPD slopes in a step of ipndm or dpmpp
     scale_dir_range: float = 0.0  # a .pkl keeps scale_dir inside 1 +- this; 0: 1 +- 1 where a scale differs from 1
     scale_time_range: float = 0.0  # the same for scale_time
-    sampler_tea: str = "dpm"  # from here on unused by the EPD sampler, kept so that no file loses what it said
+    sampler_tea: str = "dpm"  # unused like M, alpha, fcn and predict_x0, but kept so that no file loses what it said
     M: int = 1
     alpha: float = 10.0
     fcn: bool = False
-    max_order: int | None = 2
+    max_order: int | None = 2  # of ipndm (1-4) and dpmpp (1-3), unused by epd; None: the solver's default
     predict_x0: bool = False
-    lower_order_final: bool = True
+    lower_order_final: bool = True  # of dpmpp: lower orders in the last intervals
 
     def __post_init__(self):
         if self.backend_config is None:
@@ -63,8 +67,11 @@ class TableMetadata:
             raise TableError(f"schedule_rho is {self.schedule_rho:g}; it must be positive")
         if self.sigma_max is not None and self.sigma_max <= (self.sigma_min or 0.0):
             raise TableError(f"sigma_max is {self.sigma_max:g}; it must be greater than sigma_min and 0")
-        if self.sampler_stu not in ("epd", "ipndm"):
-            raise TableError(f"sampler_stu is {ascii(self.sampler_stu)[:80]}; known are epd and ipndm")
+        if self.sampler_stu not in TABLE_SOLVERS:
+            raise TableError(f"sampler_stu is {ascii(self.sampler_stu)[:80]}; known are {', '.join(TABLE_SOLVERS)}")
+        highest = TABLE_SOLVERS[self.sampler_stu]
+        if highest is not None and self.max_order is not None and self.max_order > highest:
+            raise TableError(f"max_order is {self.max_order}; {self.sampler_stu} has orders 1 to {highest}")
 
     def metadata(self) -> dict:
         """-> every field of this class by name, as plain JSON values; a copy."""

@@ -11,18 +11,32 @@ from torch_utils.download_util import check_file_by_key, locate
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
 from training.denoisers.stable_diffusion import StableDiffusion, check_folder
 
-__all__ = ["BACKBONES", "EMBEDDED", "Denoiser", "ModelError", "TextCond", "check_model", "create_model", "find_model"]
+__all__ = [
+    "BACKBONES",
+    "EMBEDDED",
+    "Denoiser",
+    "ModelError",
+    "TextCond",
+    "check_model",
+    "check_model_schedule",
+    "create_model",
+    "find_model",
+]
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "src" / "embedded"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """`folder`: where the weights lie in the checkout; `asset`: or the key by which they are downloaded."""
+    """`folder`: where the weights lie in the checkout; `asset`: or the key by which they are downloaded.
+
+    `is_flow`: as of its Denoiser, known here before the weights are.
+    """
 
     title: str
     folder: Path | None = None
     asset: str | None = None
+    is_flow: bool = False
 
 
 BACKBONES = {
@@ -56,6 +70,15 @@ def check_model(
     if folder is not None:
         check_folder(folder)
     return folder
+
+
+def check_model_schedule(dataset_name: str, schedule_type: str) -> None:
+    """Raise `ModelError` for the schedule type of flow models on a backbone of BACKBONES that is none."""
+    backbone = BACKBONES[dataset_name]
+    if schedule_type == "flowmatch" and not backbone.is_flow:
+        raise ModelError(
+            f"schedule flowmatch is for flow models; use discrete or polynomial for {dataset_name}, {backbone.title}"
+        )
 
 
 def find_model(

@@ -13,7 +13,11 @@ from training.ppo.intervals import summarize
 
 # Two score files that differ in one of these were not measured alike.
 RECORD_FIELDS = ("version", "weights_sha256", "preprocessing", "dtype", "libraries")
-ROW_FIELDS = ("images_dir", "solver", "num_steps", "nfe", "parallel_nfe", "table_sha256")
+ROW_FIELDS = (
+    *("images_dir", "solver", "options", "num_steps", "schedule_type", "table_sha256"),
+    *("nfe", "parallel_nfe", "forwards"),
+)
+SHOWN = {"solver": "solver", "parallel NFE": "parallel_nfe", "NFE": "nfe", "forwards": "forwards"}  # column -> field
 TABLE_START = "| label"
 
 
@@ -48,10 +52,11 @@ def compare(records: Sequence[dict[str, Any]], reference: str | None = None, for
 
     A folder's label is its name, or the path as scored where two folders share the name. Every folder needs the same
     metrics on the same (seed, prompt) pairs. Returns a dict: `count`, `reference`, `metrics` (how each was measured)
-    and `rows`, one per folder in order of appearance: `label images_dir solver parallel_nfe`, `scores` {metric:
-    summary} and, with a `reference` label, `differences` {metric: summary of reference - row per image, with `wins`,
-    the share of images where the reference is better (ties count half)}; None in the reference's own row. Intervals
-    are `summarize`'s. Raises `ComparisonError`; `force` turns the refusal of unlike measurements into a note on stderr.
+    and `rows`, one per folder in order of appearance: `label`, ROW_FIELDS (None where the score file does not say),
+    `scores` {metric: summary} and, with a `reference` label, `differences` {metric: summary of reference - row per
+    image, with `wins`, the share of images where the reference is better (ties count half)}; None in the reference's
+    own row. Intervals are `summarize`'s. Raises `ComparisonError`; `force` turns the refusal of unlike measurements
+    into a note on stderr.
     """
     folders = _group_by_label(records)
     metrics = list(dict.fromkeys(record["metric"] for record in records))
@@ -147,12 +152,12 @@ def _difference(reference: dict[tuple[int, str], float], other: dict[tuple[int, 
 def to_markdown(comparison: dict[str, Any]) -> str:
     """The table as aligned Markdown, readable in a terminal too, and a line that says what the intervals are."""
     metrics, reference = list(comparison["metrics"]), comparison["reference"]
-    header = ["label", "solver", "parallel NFE", *metrics]
+    header = ["label", *SHOWN, *metrics]
     if reference is not None:
         header += [f"{reference} - this, {metric}" for metric in metrics]
     lines = []
     for row in comparison["rows"]:
-        cells = [row["label"], *("" if row[key] is None else str(row[key]) for key in ("solver", "parallel_nfe"))]
+        cells = [row["label"], *("" if row[field] is None else str(row[field]) for field in SHOWN.values())]
         cells += [_cell(row["scores"][metric]) for metric in metrics]
         if reference is not None:
             differences = row["differences"]

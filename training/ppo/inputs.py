@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch_utils.distributed import print0
 from torch_utils.download_util import check_file_by_key
-from training.denoisers import check_model, find_model
+from training.denoisers import check_model, check_model_schedule, find_model
 from training.ppo.cold_start import cold_start_table
 from training.ppo.config import Config, ConfigError, ModelConfig
 from training.ppo.reward_multi import check_reward_weights
@@ -29,6 +29,7 @@ def load_inputs(config: Config) -> Inputs:
     model = config.model
     named = model.dataset_name, model.guidance_type, model.guidance_rate, model.model_path, model.precision
     check_model(*named)
+    check_model_schedule(model.dataset_name, model.schedule_type)
     start = start_table(config)
     prompts, evaluation_prompts = split_prompts(config)
     check_reward_weights(config.reward.type, config.reward.weights_path)

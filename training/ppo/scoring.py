@@ -26,7 +26,10 @@ from training.prompts import load_prompts, prompts_for_seeds
 
 MANIFEST = "manifest.jsonl"
 # What the manifest says about the sampling of a folder; a score file repeats it, so that tables can be made from it.
-SAMPLING_FIELDS = ("solver", "num_steps", "table_sha256", "nfe", "parallel_nfe", "forwards", "guidance_rate")
+SAMPLING_FIELDS = (
+    *("solver", "options", "num_steps", "schedule_type", "table_sha256"),
+    *("nfe", "parallel_nfe", "forwards", "guidance_rate"),
+)
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pillow")
 
 
@@ -145,7 +148,7 @@ def _join_manifest(
                 )
     sampling = {}
     for field in SAMPLING_FIELDS:
-        values = list(dict.fromkeys(row.get(field) for row in rows))
+        values = list({json.dumps(row.get(field), sort_keys=True): row.get(field) for row in rows}.values())
         if len(values) > 1:
             raise ScoringError(f"{folder / MANIFEST} mixes images of {field} {_listing(values)}: score them apart")
         sampling[field] = values[0]
