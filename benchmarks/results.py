@@ -1,0 +1,145 @@
+"""`solvers.json`: parts that were measured on possibly different machines, each with its own record of how."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch_utils.checkpoint import atomic_write_text
+from torch_utils.errors import UserError
+
+FORMAT = 1
+SAVE_EVERY = 5.0  # seconds between two writes of the file
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ResultsError(UserError):
+    """A results file that cannot be read or continued."""
+
+
+def cpu_name() -> str:
+    """Model name of the processor, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(device: str) -> dict:
+    """What the figures of a part depend on beside its settings; `gpu` is None for what runs on the CPU."""
+    import torch
+
+    return {
+        "device": device,
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "python": platform.python_version(),
+    }
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command to give for the same measurement; where it wrote is nobody's business."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--outdir":
+            next(rest, None)
+        elif not argument.startswith("--outdir="):
+            kept.append(argument)
+    return shlex.join(["python", "-m", "benchmarks.solvers", *kept])
+
+
+def solver_code() -> str:
+    """Hash of the solvers' code, so that figures of other code are not continued."""
+    code = b"".join((ROOT / name).read_bytes() for name in ("solvers.py", "solver_utils.py"))
+    return hashlib.sha256(code).hexdigest()[:16]
+
+
+def _part_text(part: dict) -> str:
+    """JSON of a part with one line for each row."""
+    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in part["rows"])
+    head = {name: value for name, value in part.items() if name != "rows"}
+    return json.dumps(head, indent=1, allow_nan=False)[:-2] + f',\n "rows": [\n{rows}\n]}}'
+
+
+class Part:
+    """The rows of one part. `record` is its entry in the file."""
+
+    def __init__(self, record: dict, added: Callable[[], None]):
+        self.record, self._added = record, added
+        self.rows: list[dict] = record["rows"]
+        self.references: dict[str, dict] = record["references"]
+
+    def has(self, **values: object) -> bool:
+        """Whether a row with these values is there."""
+        return any(all(row[name] == value for name, value in values.items()) for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        self._added()
+
+    def fingerprint(self) -> str:
+        """Of everything that rows must share to stand in one part."""
+        text = json.dumps([self.record[name] for name in ("machine", "settings", "solver_code")], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Results:
+    """`<outdir>/solvers.json`, read at the start and written after measurements, at most every SAVE_EVERY seconds."""
+
+    def __init__(self, outdir: Path):
+        self.path = outdir / "solvers.json"
+        self.parts: dict[str, dict] = {}
+        self._saved = time.monotonic()
+        if not self.path.exists():
+            return
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            known, self.parts = content["format"] == FORMAT, content["parts"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ResultsError(f"{self.path} is not a results file of this benchmark; use another --outdir") from error
+        if not known:
+            raise ResultsError(f"{self.path} has another format; use another --outdir")
+
+    def part(self, name: str, device: str, settings: dict, overwrite: bool) -> Part:
+        """The part to fill: the one in the file if machine, settings and code are the same, else an empty one."""
+        fresh = {
+            "machine": machine(device),
+            "settings": settings,
+            "solver_code": solver_code(),
+            "command": command_line(sys.argv[1:]),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "references": {},
+            "rows": [],
+        }
+        fresh = json.loads(json.dumps(fresh))  # as it reads back
+
+        def added() -> None:
+            self.parts[name] = fresh  # not before there is something to put in the old part's place
+            if time.monotonic() - self._saved > SAVE_EVERY:
+                self.save()
+
+        part = Part(fresh, added)
+        old = self.parts.get(name)
+        if old is not None and not overwrite and Part(old, added).fingerprint() == part.fingerprint():
+            part.rows += old["rows"]
+            part.references |= old["references"]
+        return part
+
+    def save(self) -> None:
+        parts = ",\n".join(f"{json.dumps(name)}: {_part_text(self.parts[name])}" for name in sorted(self.parts))
+        atomic_write_text(self.path, f'{{"format": {FORMAT}, "parts": {{\n{parts}\n}}}}\n')
+        self._saved = time.monotonic()
