@@ -10,7 +10,7 @@ import click
 
 from torch_utils.errors import UserError, user_errors
 from training.ppo.cold_start import SPREAD, cold_start_table, start_positions
-from training.table_metadata import TABLE_SOLVERS, TableMetadata
+from training.table_metadata import TABLE_ORDERS, TableMetadata
 
 # solver_utils owns these names and the default of --schedule-rho, but needs torch; a test keeps the two in step.
 SCHEDULE_TYPES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
@@ -116,16 +116,22 @@ def write_start_table(snapshot: Path, options: Path, start: dict, metadata: Tabl
 @click.option(
     "--sampler-stu",
     help="Solver that reads the table: epd, or EPD slopes in a step of ipndm or dpmpp (these are not for PPO)",
-    type=click.Choice(list(TABLE_SOLVERS)),
+    type=click.Choice(list(TABLE_ORDERS)),
     default=TableMetadata.sampler_stu,
 )
 @click.option(
     "--max-order",
     help="Order of the solver, with --sampler-stu "
-    + " or ".join(f"{name} (1-{highest})" for name, highest in TABLE_SOLVERS.items() if highest is not None),
+    + " or ".join(f"{name} (1-{highest})" for name, highest in TABLE_ORDERS.items() if highest is not None),
     metavar="INT",
     type=int,
     show_default=str(TableMetadata.max_order),
+)
+@click.option(
+    "--lower-order-final/--no-lower-order-final",
+    help="With --sampler-stu dpmpp: lower orders in the last intervals",
+    default=None,
+    show_default="yes",
 )
 @click.option("--overwrite", help="Replace files that exist", is_flag=True)
 @click.option("-n", "--dry-run", help="Check and print the options, write nothing", is_flag=True)
@@ -149,6 +155,7 @@ def main(
     afs: bool,
     sampler_stu: str,
     max_order: int | None,
+    lower_order_final: bool | None,
     overwrite: bool,
     dry_run: bool,
 ) -> None:
@@ -160,9 +167,11 @@ def main(
     python fake_train.py --num-steps 11 --num-points 2 \\
         --outdir exps/99999-ms_coco-11-20-epd-dpm-1-discrete --snapshot-step 99999
     """
-    if max_order is not None and TABLE_SOLVERS[sampler_stu] is None:
-        takers = " or ".join(name for name, highest in TABLE_SOLVERS.items() if highest is not None)
+    if max_order is not None and TABLE_ORDERS[sampler_stu] is None:
+        takers = " or ".join(name for name, highest in TABLE_ORDERS.items() if highest is not None)
         raise UserError(f"{sampler_stu} takes no --max-order; it belongs to --sampler-stu {takers}")
+    if lower_order_final is not None and sampler_stu != "dpmpp":
+        raise UserError(f"{sampler_stu} takes no --lower-order-final; it belongs to --sampler-stu dpmpp")
     metadata = TableMetadata(
         num_steps=num_steps,
         num_points=num_points,
@@ -178,6 +187,7 @@ def main(
         scale_time_range=scale_time,
         sampler_stu=sampler_stu,
         max_order=TableMetadata.max_order if max_order is None else max_order,
+        lower_order_final=lower_order_final is not False,
     )
     start = {"r_base": r_base, "r_epsilon": SPREAD / num_points if r_epsilon is None else r_epsilon}
     start_positions(num_points, **start)

@@ -56,7 +56,13 @@ def explicit_nodes(sigmas: str, final_zero: bool | None) -> tuple[tuple[float, .
     metavar="NAME",
     default="ms_coco",
 )
-@click.option("--num-steps", help="Nodes of the schedule, one more than intervals", metavar="INT", type=int, default=11)
+@click.option(
+    "--num-steps",
+    help="Nodes of the schedule, one more than intervals (a final 0 not counted)",
+    metavar="INT",
+    type=int,
+    default=11,
+)
 @click.option(
     "--schedule-type",
     help="polynomial, logsnr, time_uniform, discrete, or flowmatch (of flow models)",
@@ -96,7 +102,9 @@ def explicit_nodes(sigmas: str, final_zero: bool | None) -> tuple[tuple[float, .
     show_default="yes for edm, else no",
 )
 @click.option("--guidance-rate", help="Guidance scale; 1 is unguided", metavar="FLOAT", type=float, default=7.5)
-@click.option("--afs", help="Save the first evaluation by an analytical first step", is_flag=True)
+@click.option(
+    "--afs", help="Save the first evaluation by an analytical first step (no flow model has one)", is_flag=True
+)
 @click.option(
     "--max-order",
     help="Of ipndm, ipndm_v, deis (1-4), dpmpp, unipc (1-3)",
@@ -167,6 +175,8 @@ def main(
         num_steps, schedule_type = len(nodes), EXPLICIT
     elif schedule_rho is None:
         schedule_rho = default_rho(schedule_type)
+    elif schedule_type == "logsnr" and schedule_rho != 1:
+        raise UserError(f"--schedule-rho {schedule_rho:g}: schedule logsnr has no exponent; leave it out")
     plan = SamplingPlan(
         solver=sampler,
         num_steps=num_steps,

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch_utils.errors import UserError
 
 # Options of each solver with their defaults, beside `afs` and `callback` which all of them take (None: no default).
-# `max_order` is 2 everywhere: under strong guidance higher orders diverge at the few steps that matter here (see
-# benchmarks/solvers.py).
+# `max_order` is 2 everywhere: under strong guidance higher orders diverge at the few steps that matter here (figures in
+# docs/solvers.md).
 SOLVER_OPTIONS: dict[str, dict[str, object]] = {
     "ddim": {},
     "dpm": {"inner_steps": 1},
@@ -54,6 +54,7 @@ ADAMS_BASHFORTH: dict[int, tuple[float, ...]] = {
 QUADRATURE_POINTS = 64  # Gauss-Legendre points per interval for the weights of `adams_weights`
 
 SCHEDULE_TYPES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
+LOWEST_RHO, HIGHEST_RHO, HIGHEST_SIGMA = 0.05, 1000.0, 1e6  # beyond them the powers leave float64
 VP_TIME_MIN = 1e-3  # where the `time_uniform` schedule ends; its time starts at 1
 
 
@@ -110,12 +111,12 @@ def get_schedule(
         sigmas = _vp_sigmas(num_steps, sigma_min, sigma_max, rho)
     else:
         shift = shift if mu is None else math.exp(mu)
-        time_of, sigma_of = _model_time(schedule_type, sigma_max, net, shift)
+        time_of, sigma_of = _model_time(schedule_type, net, shift)
         t_max, t_min = time_of(torch.tensor([sigma_max, sigma_min], dtype=torch.float64, device=device)).tolist()
         if not t_max > t_min >= 0:
             raise SolverError(
                 f"schedule {schedule_type} cannot go from sigma {sigma_max:g} to {sigma_min:g}: the model's times for "
-                f"them are {t_max:g} and {t_min:g}; choose a range inside the model's own"
+                f"them are {t_max:g} and {t_min:g}; choose a range inside the model's own, or a smaller time shift"
             )
         sigmas = sigma_of(_lerp(t_max, t_min, num_steps, rho).to(device))
 
@@ -157,13 +158,15 @@ def check_schedule(
     """Raise SolverError for what no model could use; an end of the range that is None is the model's own."""
     check_schedule_type(schedule_type)
     _check_num_steps(num_steps)
-    low = 0.0 if sigma_min is None else float(sigma_min)
-    high = math.inf if sigma_max is None else float(sigma_max)
-    known = [end for end in (sigma_min, sigma_max) if end is not None]
-    if not low < high or not all(0 < end < math.inf for end in known):
-        raise SolverError(f"need 0 < sigma_min < sigma_max, got sigma_min {low:g} and sigma_max {high:g}")
-    if not 0 < schedule_rho < math.inf:
-        raise SolverError(f"schedule_rho must be positive, got {schedule_rho:g}")
+    ends = {name: end for name, end in (("sigma_min", sigma_min), ("sigma_max", sigma_max)) if end is not None}
+    values = list(ends.values())
+    if not all(0 < end <= HIGHEST_SIGMA for end in values) or not all(a < b for a, b in pairwise(values)):
+        given = " and ".join(f"{name} {float(end):g}" for name, end in ends.items())
+        raise SolverError(f"need 0 < sigma_min < sigma_max <= {HIGHEST_SIGMA:g}, got {given}")
+    if schedule_type == "flowmatch" and sigma_max is not None and sigma_max > 1:
+        raise SolverError(f"schedule flowmatch needs sigma_max <= 1, got {float(sigma_max):g}")
+    if not LOWEST_RHO <= schedule_rho <= HIGHEST_RHO:
+        raise SolverError(f"schedule_rho must be {LOWEST_RHO:g} to {HIGHEST_RHO:g}, got {schedule_rho:g}")
     if (shift is not None or mu is not None) and schedule_type != "flowmatch":
         raise SolverError(f"shift and mu belong to schedule flowmatch, not to {schedule_type}")
     if shift is not None and mu is not None:
@@ -198,14 +201,12 @@ def _vp_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -
     return torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt()
 
 
-def _model_time(schedule_type: str, sigma_max: float, net, shift: float | None) -> tuple[Callable, Callable]:
+def _model_time(schedule_type: str, net, shift: float | None) -> tuple[Callable, Callable]:
     """(time of sigma, sigma of time) for the types that step through time."""
     if schedule_type == "discrete" and net is None:
         raise SolverError("schedule discrete steps through the model's own time; pass net, or use polynomial or logsnr")
     if schedule_type == "flowmatch" and net is not None and not net.is_flow:
         raise SolverError("schedule flowmatch is for flow models; use discrete or polynomial for this model")
-    if schedule_type == "flowmatch" and sigma_max > 1:
-        raise SolverError(f"schedule flowmatch needs sigma_max <= 1, got {sigma_max:g}")
     if net is not None and shift is None:
         return net.sigma_inv, net.sigma
     s = 1.0 if shift is None else shift
@@ -225,7 +226,7 @@ def check_options(solver: str, options: Mapping[str, object]) -> None:
             takers = [other for other, names in SOLVER_OPTIONS.items() if name in names]
             used_by = f"it belongs to {', '.join(takers)}" if takers else "no solver has it"
             raise SolverError(f"{solver} takes no option {name}; {used_by}")
-        if isinstance(value, float) and not math.isfinite(value) and name != "s_max":
+        if isinstance(value, float) and not math.isfinite(value) and not (name == "s_max" and value > 0):
             raise SolverError(f"{name} must be a finite number, got {value}")
         if name == "max_rows" and value is None:
             continue
@@ -239,8 +240,10 @@ def check_options(solver: str, options: Mapping[str, object]) -> None:
             raise SolverError(f"inner_steps must be at least 1, got {value}")
         if name == "max_rows" and value < 1:
             raise SolverError(f"max_rows must be at least 1, got {value}")
-        if name == "s_churn" and value < 0:
-            raise SolverError(f"s_churn must not be negative, got {value:g}")
+        if name in ("s_churn", "s_noise") and value < 0:
+            raise SolverError(f"{name} must not be negative, got {value:g}")
+    if options.get("s_min", 0.0) > options.get("s_max", math.inf):
+        raise SolverError(f"s_min {options['s_min']:g} lies above s_max {options['s_max']:g}")
 
 
 def check_nodes(solver: str, sigmas: Tensor, is_flow: bool, afs: bool) -> list[float]:
@@ -343,7 +346,7 @@ def dpmpp_weights(lam_u: Tensor, lams: Sequence[float]) -> Tensor:
     return torch.stack([one, zero, zero], -1) + first[..., None] * slope + second[..., None] * bend
 
 
-def unipc_weights(lam_u: float, lams: Sequence[float], variant: str, corrector: bool) -> list[float]:
+def unipc_weights(lam_u: float, lams: Sequence[float], variant: str, corrector: bool = False) -> list[float]:
     """Weights w_j of UniPC's predictor UniP-p, p = len(lams), newest first; of its corrector UniC-p with `corrector`.
 
     The step is that of `dpmpp_weights`; the corrector's first weight belongs to the data prediction at u. arXiv
@@ -367,6 +370,23 @@ def unipc_weights(lam_u: float, lams: Sequence[float], variant: str, corrector: 
     return [*new, 1 - sum(gains) - sum(new), *gains]
 
 
+def unipc_plan(
+    lams: Sequence[float], max_order: int, variant: str, lower_order_final: bool
+) -> tuple[list[list[float]], list[list[float] | None]]:
+    """`unipc_weights` of every interval between nodes of half log SNR `lams`: (predictors, correctors).
+
+    An interval has no corrector (None) if it starts from pure noise, where h is infinite, or is the last one, whose end
+    is never evaluated.
+    """
+    predict, correct = [], []
+    for i, order in enumerate(multistep_orders(lams, max_order, lower_order_final)):
+        known = lams[i - order + 1 : i + 1][::-1]
+        can_correct = i + 2 < len(lams) and math.isfinite(lams[i])
+        predict.append(unipc_weights(lams[i + 1], known, variant))
+        correct.append(unipc_weights(lams[i + 1], known, variant, corrector=True) if can_correct else None)
+    return predict, correct
+
+
 # ----------------------------------------------------------------------------
 # Counting.
 
@@ -376,7 +396,8 @@ class NFE:
     """The cost of one image, in three numbers that are never mixed.
 
     nfe: network evaluations of one guidance branch. parallel_nfe: sequential network calls, the points of an EPD
-    interval being one. forwards: rows through the network, both guidance branches counted.
+    interval being one, also where `max_rows` makes several calls of it. forwards: rows through the network, both
+    guidance branches counted.
     """
 
     nfe: int

@@ -5,7 +5,7 @@ All share one call: `name_sampler(net, x, sigmas, cond=None, *, <options>, afs=F
 * `net`: a Denoiser; only `net.slope(x, sigma, cond)` and `net.is_flow` are used, and `net.sigma_inv` by deis.
 * `x`: the state `[B,C,H,W]` at `sigmas[0]`. float64 stays float64, everything else becomes float32.
 * `sigmas`: nodes `[N]` that fall strictly (see `solver_utils.get_schedule`); float64 keeps them exact.
-* `cond`: None, or a condition of B rows with `.repeat_interleave(k)`.
+* `cond`: None, or a condition of B rows with `.repeat_interleave(k)`, and with `cond[rows]` where `max_rows` is given.
 * `afs`: take x / sqrt(1 + sigma_0^2) for the very first slope and save that call (GENIE, arXiv 2210.05475, Sec. 3).
 * `callback(i, x, sigma)`: called at every node, the first included.
 
@@ -36,7 +36,7 @@ from solver_utils import (
     get_schedule,
     half_logsnr,
     multistep_orders,
-    unipc_weights,
+    unipc_plan,
 )
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -78,7 +78,7 @@ def dpm_sampler(
 
 
 def dpm2_sampler(net, x: Tensor, sigmas: Tensor, cond=None, *, afs=False, callback: Callback | None = None) -> Tensor:
-    """DPM-Solver-2, once per interval: `dpm_sampler` with one inner step. Order 2, two evaluations."""
+    """DPM-Solver-2 (arXiv 2206.00927, Algorithm 1): `dpm_sampler` with one inner step. Order 2, two evaluations."""
     check_nodes("dpm2", sigmas, net.is_flow, afs)
     return dpm_sampler(net, x, sigmas, cond, inner_steps=1, afs=afs, callback=callback)
 
@@ -115,7 +115,7 @@ def edm_sampler(
     s_min <= t <= s_max, with gamma = min(s_churn / intervals, sqrt(2) - 1), and adds s_noise sqrt(t_hat^2 - t^2) times
     `randn_like(x)`, which must be given then. Order 2 without churn.
     """
-    check_options("edm", {"s_churn": s_churn})
+    check_options("edm", {"s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise})
     nodes = check_nodes("edm", sigmas, net.is_flow, afs)
     gamma = min(s_churn / (len(nodes) - 1), math.sqrt(2) - 1)
     if s_churn > 0 and (randn_like is None or net.is_flow):
@@ -222,22 +222,16 @@ def unipc_sampler(
     afs=False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """UniPC (arXiv 2302.04867, Algorithms 1 and 2 for data prediction; `variant` is B(h), see `unipc_weights`).
+    """UniPC (arXiv 2302.04867, Algorithms 1 and 2 for data prediction; `variant` is B(h), see `unipc_plan`).
 
-    The slope at a predicted node first corrects that node (UniC), then predicts the next one (UniP), so correcting is
-    free; the last node stays predicted. `max_order` 1-3 as in `dpmpp_sampler`; the callback sees predicted states.
-    The corrector adds one to the order: 2, 3, and 4 until the start's order 3 shows; with `lower_order_final` the last
-    step holds it at 2. One evaluation.
+    The slope at a predicted node first corrects that node (UniC), then predicts the next one (UniP): correcting is
+    free. `max_order` 1-3 as in `dpmpp_sampler`; the callback sees predicted states. The corrector adds one to the
+    order: 2, 3, and 4 until the start's 3 shows; with `lower_order_final` the last step holds it at 2. One evaluation.
     """
     check_options("unipc", {"max_order": max_order, "variant": variant})
     nodes = check_nodes("unipc", sigmas, net.is_flow, afs)
     lams = half_logsnr(torch.tensor(nodes, dtype=torch.float64), net.is_flow).tolist()
-    predict, correct = [], []
-    for i, order in enumerate(multistep_orders(lams, max_order, lower_order_final)):
-        known = lams[i - order + 1 : i + 1][::-1]
-        predict.append(unipc_weights(lams[i + 1], known, variant, corrector=False))
-        can_correct = i + 2 < len(nodes) and math.isfinite(lams[i])  # the step from pure noise has an infinite h
-        correct.append(unipc_weights(lams[i + 1], known, variant, corrector=True) if can_correct else None)
+    predict, correct = unipc_plan(lams, max_order, variant, lower_order_final)
     data = deque(maxlen=max_order)
     last = []  # node and corrected state there
 
@@ -328,8 +322,8 @@ def epd_dpmpp_sampler(
     """EPD as a plug-in for DPM-Solver++ ("EPD-Plugin" of arXiv 2507.14797 carried over to 2211.01095, Algorithms 1-2).
 
     Multistep DPM-Solver++ from the node to each tau_k leads to the points, and the ensemble of their data predictions,
-    sum_k w_k (x_k - tau_k c_k d_k), takes its place in the exponential step. With `max_order` 1 and the one point 1/2
-    this is DPM-Solver++(2S). Order 2 for points with mean 1/2. Table, cost, `max_rows` as in `epd_sampler`.
+    sum_k w_k (x_k - tau_k c_k d_k), takes its place in the exponential step. With `max_order` 1 and one point half way
+    in log SNR this is DPM-Solver++(2S). Order 2 for points with mean 1/2. Table, cost, `max_rows` as in `epd_sampler`.
     """
     check_options("epd_dpmpp", {"max_order": max_order, "max_rows": max_rows})
     nodes = check_nodes("epd_dpmpp", sigmas, net.is_flow, afs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import hashlib
 import json
@@ -17,8 +18,13 @@ from torch_utils.checkpoint import atomic_write_text
 from torch_utils.errors import UserError
 
 FORMAT = 1
+IDENTITY = ("machine", "settings", "solver_code")  # what all rows of a part share
 SAVE_EVERY = 5.0  # seconds between two writes of the file
 ROOT = Path(__file__).resolve().parents[1]
+CODE = (
+    *("solvers.py", "solver_utils.py", "training/ppo/cold_start.py", "training/denoisers/stable_diffusion.py"),
+    *("benchmarks/closed_form.py", "benchmarks/variants.py"),
+)
 
 
 class ResultsError(UserError):
@@ -63,9 +69,14 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def solver_code() -> str:
-    """Hash of the solvers' code, so that figures of other code are not continued."""
-    code = b"".join((ROOT / name).read_bytes() for name in ("solvers.py", "solver_utils.py"))
-    return hashlib.sha256(code).hexdigest()[:16]
+    """Hash of the code that decides the figures, without comments and docstrings, so that other code's do not pass for
+    this one's."""
+    trees = [ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in CODE]
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                del node.body[0]
+    return hashlib.sha256("".join(ast.dump(tree) for tree in trees).encode()).hexdigest()[:16]
 
 
 def _part_text(part: dict) -> str:
@@ -93,7 +104,7 @@ class Part:
 
     def fingerprint(self) -> str:
         """Of everything that rows must share to stand in one part."""
-        text = json.dumps([self.record[name] for name in ("machine", "settings", "solver_code")], sort_keys=True)
+        text = json.dumps([self.record[name] for name in IDENTITY], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -115,7 +126,10 @@ class Results:
             raise ResultsError(f"{self.path} has another format; use another --outdir")
 
     def part(self, name: str, device: str, settings: dict, overwrite: bool) -> Part:
-        """The part to fill: the one in the file if machine, settings and code are the same, else an empty one."""
+        """The part to fill: the one in the file, or an empty one where there is none or with `overwrite`.
+
+        Raises ResultsError for a part that was measured on another machine, with other settings or with other code.
+        """
         fresh = {
             "machine": machine(device),
             "settings": settings,
@@ -134,7 +148,13 @@ class Results:
 
         part = Part(fresh, added)
         old = self.parts.get(name)
-        if old is not None and not overwrite and Part(old, added).fingerprint() == part.fingerprint():
+        if old is not None and not overwrite:
+            differing = [key for key in IDENTITY if old[key] != fresh[key]]
+            if differing:
+                raise ResultsError(
+                    f"{self.path} has the part {name} with another {differing[0]}: use another --outdir, or measure it "
+                    "anew with --overwrite"
+                )
             part.rows += old["rows"]
             part.references |= old["references"]
         return part

@@ -53,7 +53,7 @@ def mean_and_interval(errors: Tensor) -> tuple[float | None, float | None]:
 
 
 def error_row(problem: str, variant: Variant, num_steps: int) -> dict:
-    """What identifies a measurement and what it costs; `forwards` counts one guidance branch."""
+    """What identifies a measurement and what it costs."""
     cost = variant.cost(num_steps)
     return {
         "problem": problem,

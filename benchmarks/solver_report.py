@@ -46,7 +46,9 @@ def value_table(part: Mapping, field: str, best_of: Callable) -> list[str]:
     if not columns:
         columns = sorted(measured)[:9]
     best = {
-        (problem, nfe): best_of((v for (p, n, _), v in values.items() if (p, n) == (problem, nfe) and v is not None))
+        (problem, nfe): best_of(
+            (v for (p, n, _), v in values.items() if (p, n) == (problem, nfe) and v is not None), default=None
+        )
         for problem, nfe in columns
     }
     lines = []
@@ -55,7 +57,7 @@ def value_table(part: Mapping, field: str, best_of: Callable) -> list[str]:
         for column in columns:
             value = values.get((*column, label), "-")
             text = value if value == "-" else number(value)
-            cells.append(f"**{text}**" if value == best[column] else text)
+            cells.append(f"**{text}**" if value is not None and value == best[column] else text)
         lines.append([label, *cells])
     return table(["solver", *(f"{problem}, {nfe}" for problem, nfe in columns)], lines)
 
@@ -70,7 +72,7 @@ def error_section(name: str, part: Mapping) -> list[str]:
         *value_table(part, "error", min),
     ]
     if name == "embedded":
-        truths = [f"{problem} {entry['reward']:.4f}" for problem, entry in part["references"].items()]
+        truths = [f"{problem} {number(entry['reward'])}" for problem, entry in part["references"].items()]
         images = part["settings"]["images"]
         lines += [f"Mean reward of the {images} pictures (those of the truth: {'; '.join(truths)}):", ""]
         lines += value_table(part, "reward", max)

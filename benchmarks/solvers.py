@@ -1,8 +1,8 @@
 """Measure every solver: error against the truth, time around the network calls, waits for a GPU.
 
 Writes solvers.json (every number), solvers.md (tables) and solvers.png (plot) to --outdir. Parts are measured one by
-one: what solvers.json already holds from the same machine, settings and solvers is kept and only the rest measured, so
-an interrupted run goes on with the same command; parts measured elsewhere stay as they are.
+one: what solvers.json already holds of a part is kept and only the rest measured, so an interrupted run goes on with
+the same command; a part from another machine, other settings or other code is left alone unless --overwrite says so.
 
 \b
 closed-form  a mixture of Gaussians, truth known exactly; CPU, under a minute
@@ -72,7 +72,7 @@ def parse_device(name: str) -> str:
 )
 @click.option("--batches", metavar="LIST", default="1,8", help="overhead: images at a time")
 @click.option("--nodes", metavar="INT", type=click.IntRange(2), default=16, help="overhead: nodes of the schedule")
-@click.option("--repeats", metavar="INT", type=click.IntRange(1), default=5, help="overhead: runs of each median")
+@click.option("--repeats", metavar="INT", type=click.IntRange(1), default=3, help="overhead: runs of each median")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="of embedded and overhead")
 @click.option("--outdir", metavar="DIR", type=click.Path(path_type=Path), default=Path("results/solvers"))
 @click.option("--overwrite", is_flag=True, help="Measure the chosen parts anew")
@@ -168,13 +168,18 @@ def measure_speed(
 def report(results: Results, outdir: Path, check: bool) -> None:
     """Write the tables and the plot, print the verdicts; exit code 1 if `check` and one is broken."""
     from benchmarks.plots import save_plot
+    from benchmarks.results import solver_code
     from benchmarks.solver_report import to_markdown, verdicts
     from torch_utils.checkpoint import atomic_write_text
 
     atomic_write_text(outdir / "solvers.md", to_markdown(results.parts))
     save_plot(results.parts, outdir / "solvers.png")
     click.echo(f"{results.path}, solvers.md, solvers.png: {', '.join(sorted(results.parts)) or 'nothing measured'}")
-    found = verdicts(results.parts)
+    code = solver_code()
+    for name, part in results.parts.items():
+        if part["solver_code"] != code:
+            click.echo(f"{name} was measured with other code and is not judged; --overwrite measures it anew")
+    found = verdicts({name: part for name, part in results.parts.items() if part["solver_code"] == code})
     for _, sentence in found:
         click.echo(sentence)
     if check and not found:

@@ -126,9 +126,13 @@ def test_rows_that_are_there_are_kept(tmp_path):
     assert bench(tmp_path, *arguments, "--nfe", "4,8").exit_code == 0
     found = errors(read(tmp_path)["closed_form"], "logsnr", "ddim")
     assert found[0] == 0.125 and 0 < found[1] < 0.125
-    (tmp_path / "solvers.json").write_text(content.replace('"batch": 8', '"batch": 9'))  # other settings: anew
-    assert bench(tmp_path, *arguments, "--nfe", "8").exit_code == 0
-    assert errors(read(tmp_path)["closed_form"], "logsnr", "ddim") == found[1:]
+    other = content.replace('"batch": 8', '"batch": 9')
+    (tmp_path / "solvers.json").write_text(other)
+    refused = bench(tmp_path, *arguments, "--nfe", "8")
+    assert refused.exit_code == 2 and "the part closed_form with another settings" in refused.output
+    assert (tmp_path / "solvers.json").read_text() == other
+    assert bench(tmp_path, *arguments, "--nfe", "8", "--overwrite").exit_code == 0
+    assert len(errors(read(tmp_path)["closed_form"], "logsnr", "ddim")) == 1
 
 
 # ----------------------------------------------------------------------------
@@ -272,6 +276,13 @@ def test_check_judges_what_was_measured(tmp_path, run):
     assert "limit of 3% holds" in good.output and "BROKEN" in bad.output
 
 
+def test_figures_of_other_code_are_not_judged(tmp_path, run):
+    part = run.parts["overhead_cpu"] | {"solver_code": "another"}
+    (tmp_path / "solvers.json").write_text(json.dumps({"format": 1, "parts": {"overhead_cpu": part}}))
+    result = bench(tmp_path, "--parts", "none", "--check")
+    assert result.exit_code == 2 and "overhead_cpu was measured with other code" in result.output
+
+
 def test_one_wait_breaks_the_promise():
     row = {"variant": "ddim", "syncs": 0, "debug_mode": None, "solver_events": {}, "network_events": {}}
     assert solver_report.verdicts({"sync": {"rows": [row]}}) == [
@@ -295,6 +306,8 @@ def test_what_diverged_is_said_and_not_drawn(tmp_path, closed_form):
     assert "| dpmpp 3 | diverged |" in solver_report.to_markdown({"closed_form": part})
     save_plot({"closed_form": part}, tmp_path / "solvers.png")
     assert (tmp_path / "solvers.png").stat().st_size < 300_000
+    part = closed_form | {"rows": [row | {"error": None} for row in closed_form["rows"]]}
+    assert "**" not in solver_report.to_markdown({"closed_form": part})
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -62,7 +63,8 @@ def images(net, plan: SamplingPlan, seeds: list[int], batch: int) -> torch.Tenso
 
 
 def run_cli(command, *arguments: str):
-    return CliRunner().invoke(command, list(arguments))
+    """On the CPU, as everything here, so that pictures can be compared bit for bit."""
+    return CliRunner().invoke(command, [*arguments, "--device", "cpu"])
 
 
 def start_table(folder: Path, **metadata: object) -> Path:
@@ -210,10 +212,10 @@ def test_explicit_nodes_stay_where_the_model_was_trained(net, tmp_path):
     plan = SamplingPlan("ddim", 2, EXPLICIT, None, dataset_name="emoji")
     assert replace(plan, sigmas_list=(1.0009 * net.sigma_max, 1.0)).sigmas(net)[0] > net.sigma_max  # a rounded figure
     high = replace(plan, sigmas_list=(1.0011 * net.sigma_max, 1.0))
-    with pytest.raises(SolverError, match=r"the sigmas begin at .*, where emoji was not trained"):
+    with pytest.raises(SolverError, match=r"begins at sigma .*, beyond the model's noise levels"):
         write_images(high, [0], PROMPTS[:1], tmp_path / "out", batch=1, device="cpu")
     assert not list((tmp_path / "out").glob("[!.]*"))
-    with pytest.raises(SolverError, match=r"begin at 1\.0005"):
+    with pytest.raises(SolverError, match=r"begins at sigma 1\.0005"):
         replace(plan, sigmas_list=(1.0005, 0.5)).sigmas(FlowNet())
     assert replace(plan, sigmas_list=(1.0, 0.5), to_zero=True).sigmas(FlowNet()).tolist() == [1.0, 0.5, 0.0]
 
@@ -361,7 +363,7 @@ def test_overwrite_mends_a_damaged_manifest_but_a_refused_plan_leaves_it_alone(t
     write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=2, device="cpu")
     whole = (out / "manifest.jsonl").read_bytes()
     high = SamplingPlan("ddim", 2, EXPLICIT, None, sigmas_list=(1e4, 1.0), dataset_name="emoji")
-    with pytest.raises(UserError, match="the sigmas begin at 10000"):  # known only when the model is loaded
+    with pytest.raises(UserError, match="begins at sigma 10000"):  # known only when the model is loaded
         write_images(high, [0], PROMPTS[:1], out, batch=1, device="cpu", overwrite=True)
     assert (out / "manifest.jsonl").read_bytes() == whole
     flow = SamplingPlan("ddim", 3, "flowmatch", 1.0, dataset_name="emoji")
@@ -373,6 +375,38 @@ def test_overwrite_mends_a_damaged_manifest_but_a_refused_plan_leaves_it_alone(t
         write_images(PLAN, [0], PROMPTS[:1], out, batch=1, device="cpu")
     write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=2, device="cpu", overwrite=True)
     assert (out / "manifest.jsonl").read_bytes() == whole
+
+
+def test_an_image_of_an_earlier_version_is_named_as_such(tmp_path):
+    out = tmp_path / "out"
+    write_images(PLAN, [0], PROMPTS[:1], out, batch=1, device="cpu")
+    line = json.loads((out / "manifest.jsonl").read_text())
+    del line["final_zero"]
+    (out / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="does not say its final_zero: an earlier version made it"):
+        write_images(PLAN, [0], PROMPTS[:1], out, batch=1, device="cpu")
+
+
+def test_a_range_beyond_the_model_is_refused(net):
+    for schedule_type in ("polynomial", "discrete"):
+        plan = SamplingPlan("ddim", 4, schedule_type, 1.0, sigma_max=80.0, dataset_name="emoji")
+        with pytest.raises(
+            SolverError, match=r"begins at sigma 80, beyond the model's noise levels, which end at 14\.6"
+        ):
+            plan.sigmas(net)
+
+
+def test_a_table_per_sample_is_for_rollouts_only():
+    table = cold_start_table(4, 2)
+    rows = {name: getattr(table, name).expand(2, -1, -1) for name in ("positions", "weights")}
+    plan = SamplingPlan.of_table(replace(table, scale_dir=None, scale_time=None, **rows), None, "float32")
+    with pytest.raises(SolverError, match="sampling takes one table, not 2"):
+        plan.check()
+
+
+def test_infinity_stays_out_of_the_record():
+    plans = [SamplingPlan("edm", 3, "discrete", 1.0, options) for options in ({}, {"s_max": math.inf})]
+    assert plans[0].record() == plans[1].record() and "s_max" not in plans[0].record()["options"]
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -405,7 +439,7 @@ def test_a_multistep_table_samples_at_its_own_order():
 
 def test_tables_know_the_solvers_that_read_them():
     highest = {name: HIGHEST_ORDER.get(solver) for name, solver in TABLE_SOLVERS.items()}
-    assert highest == table_metadata.TABLE_SOLVERS
+    assert highest == table_metadata.TABLE_ORDERS
     assert set(TABLE_SOLVERS.values()) == {name for name, options in SOLVER_OPTIONS.items() if "table" in options}
 
 
@@ -434,7 +468,7 @@ def test_default_folders_tell_plans_apart():
         "emoji-edm-s_churn3-s_max1e20-discrete-zero-nfe21-para21": replace(
             ddim, solver="edm", options={"s_churn": 3.0, "s_max": 1e20}, to_zero=True
         ),
-        "ms_coco-epd_dpmpp-lower_order_final-max_order2-discrete-nfe30-para20": dpmpp,
+        "ms_coco-epd_dpmpp-discrete-nfe30-para20": dpmpp,
         "emoji-ddim-explicit72557f-nfe2-para2": explicit,
         "emoji-ddim-explicitf1fad9-zero-nfe3-para3": replace(explicit, to_zero=True),
         "emoji-ddim-explicit15b221-nfe2-para2": replace(explicit, sigmas_list=(14.6, 3.0, 0.6)),
@@ -519,8 +553,18 @@ def test_strange_pictures_are_not_mixed_in(tmp_path):
         ),
         ([*BASE, "--num-steps", "1"], "num_steps must be at least 2"),
         ([*BASE, "--schedule-type", "cosine"], "unknown schedule type 'cosine'; use one of polynomial"),
-        ([*BASE, "--schedule-rho", "-1"], "schedule_rho must be positive, got -1"),
-        ([*BASE, "--sigma-min", "20", "--sigma-max", "3"], "need 0 < sigma_min < sigma_max, got sigma_min 20"),
+        ([*BASE, "--schedule-rho", "-1"], "schedule_rho must be 0.05 to 1000, got -1"),
+        ([*BASE, "--schedule-rho", "0.003"], "schedule_rho must be 0.05 to 1000, got 0.003"),
+        (
+            [*BASE, "--schedule-type", "logsnr", "--schedule-rho", "3"],
+            "--schedule-rho 3: schedule logsnr has no exponent",
+        ),
+        ([*BASE, "--sigma-max", "1e200"], "sigma_max <= 1e+06, got sigma_max 1e+200"),
+        ([*BASE, "--sigma-min", "-1"], "need 0 < sigma_min < sigma_max <= 1e+06, got sigma_min -1"),
+        (["--sampler", "edm", *BASE[2:], "--s-max", "nan"], "s_max must be a finite number, got nan"),
+        (["--sampler", "edm", *BASE[2:], "--s-min", "5", "--s-max", "2"], "s_min 5 lies above s_max 2"),
+        (["--sampler", "edm", *BASE[2:], "--s-noise", "-1"], "s_noise must not be negative, got -1"),
+        ([*BASE, "--sigma-min", "20", "--sigma-max", "3"], "need 0 < sigma_min < sigma_max <= 1e+06, got sigma_min 20"),
         (["--sampler", "edm", *BASE[2:], "--s-churn", "nan"], "s_churn must be a finite number, got nan"),
         ([*BASE, "--prompt", "also this"], "one of the two"),
         ([*BASE[:4]], "one of the two"),
@@ -646,6 +690,8 @@ def test_two_ranks_make_the_images_of_one(tmp_path):
         "2",
         "--predictor_path",
         str(start_table(tmp_path)),
+        "--device",
+        "cpu",
     ]
     environment = os.environ | {"MASTER_PORT": "29600"}
     launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -320,6 +321,12 @@ def test_one_interval(name, options):
 # Mistakes.
 
 
+def test_every_solver_is_short_and_names_its_paper():
+    for name, sampler in SOLVERS.items():
+        assert len(inspect.getsource(sampler).splitlines()) <= 40, name
+        assert re.search(r"arXiv \d{4}\.\d{5}.*(Eq|Alg|Sec|EPD-Plugin)", sampler.__doc__), name
+
+
 def test_options_match_the_signatures():
     assert set(SOLVERS) == set(SOLVER_OPTIONS)
     for name, sampler in SOLVERS.items():
@@ -358,6 +365,8 @@ def test_check_options_names_the_takers():
         ("dpm", {"inner_steps": 0}, "inner_steps must be at least 1, got 0"),
         ("edm", {"s_churn": 1.0}, "needs randn_like"),
         ("edm", {"s_churn": -1.0}, "s_churn must not be negative"),
+        ("edm", {"s_noise": math.nan}, "s_noise must be a finite number, got nan"),
+        ("ipndm", {"max_order": 2.0}, "max_order must be a whole number, got 2.0"),
         ("epd", {"table": constant_table(4, [0.5], [1.0])}, r"shape \(4, 1\) does not fit: 6 sigmas and 2 samples"),
         ("epd", {"table": random_table(3, 5, 2)}, r"shape \(3, 5, 2\) does not fit"),
         ("epd", {"table": make_table([0.5], [1.0])}, "does not fit"),

@@ -46,7 +46,16 @@ def table_schedule(made_for: SolverTable | SamplingPlan, net: Denoiser) -> Tenso
     sigma_max = net.sigma_max if made_for.sigma_max is None else made_for.sigma_max
     schedule = made_for.schedule_type, made_for.schedule_rho
     shift, mu = _time_shift(made_for)
+    _check_first(sigma_max, net)
     return get_schedule(made_for.num_steps, sigma_min, sigma_max, net.device, *schedule, net, shift=shift, mu=mu)
+
+
+def _check_first(sigma: float, net: Denoiser) -> None:
+    """Raise SolverError for a first node beyond the noise levels that the model was trained on."""
+    if sigma > (1.0 if net.is_flow else SIGMA_MAX_MARGIN * net.sigma_max):
+        raise SolverError(
+            f"the schedule begins at sigma {sigma:g}, beyond the model's noise levels, which end at {net.sigma_max:g}"
+        )
 
 
 def _time_shift(made_for: SolverTable | SamplingPlan) -> tuple[float | None, float | None]:
@@ -121,6 +130,8 @@ class SamplingPlan:
         """Raise a `UserError` subclass for what cannot work, before any model loads."""
         check_options(self.solver, self.options)
         self.nfe()
+        if self.table is not None and self.table.is_batched:
+            raise SolverError(f"sampling takes one table, not {len(self.table.positions)}; pick one of them")
         check_model(self.dataset_name, self.guidance_type, self.guidance_rate, self.model_path, self.precision)
         if self.sigmas_list is not None:
             explicit_schedule(self.nodes())
@@ -154,12 +165,7 @@ class SamplingPlan:
         if self.sigmas_list is None:
             nodes = table_schedule(self, net)
             return torch.cat([nodes, nodes.new_zeros(1)]) if self.to_zero else nodes
-        first, highest = self.sigmas_list[0], 1.0 if net.is_flow else SIGMA_MAX_MARGIN * net.sigma_max
-        if first > highest:
-            raise SolverError(
-                f"the sigmas begin at {first:g}, where {self.dataset_name} was not trained: its noise levels end at "
-                f"{net.sigma_max:g}"
-            )
+        _check_first(self.sigmas_list[0], net)
         return explicit_schedule(self.nodes(), net.device)
 
     def sampler(self, seeds: Sequence[int], max_rows: int | None = None) -> Sampler:
@@ -182,14 +188,11 @@ class SamplingPlan:
     def record(self) -> dict[str, object]:
         """What every manifest line of this run says."""
         nfe = self.nfe()
-        defaults = {
-            name: value
-            for name, value in SOLVER_OPTIONS[self.solver].items()
-            if value is not None and value != math.inf  # JSON has no infinity
-        }
+        options = SOLVER_OPTIONS[self.solver] | self.options
         return {
             "solver": self.solver,
-            "options": defaults | self.options,
+            # JSON has no infinity, which is the default of s_max.
+            "options": {name: value for name, value in options.items() if value is not None and value != math.inf},
             "num_steps": self.num_steps,
             "table_sha256": self.table.sha256() if self.table else None,
             "nfe": nfe.nfe,
@@ -213,11 +216,14 @@ class SamplingPlan:
     def default_outdir(self) -> Path:
         """`samples/<model>-<solver>[-<option><value>...]-<schedule>-nfe<NFE>-para<parallel NFE>`.
 
-        The schedule is its type and what else decides the nodes, where it is not the default: `discrete-sigma_min0.2`,
-        `explicit1f0a9c` (the start of a hash of the list), `polynomial-zero`, `logsnr-afs`. Raises SolverError.
+        Options at their defaults are left out. The schedule is its type and what else decides the nodes, where it is
+        not the default: `discrete-sigma_min0.2`, `explicit1f0a9c` (the start of a hash of the list), `polynomial-zero`,
+        `logsnr-afs`. Raises SolverError.
         """
         nfe = self.nfe()
-        words = [self.dataset_name, self.solver, *(_word(name, self.options[name]) for name in sorted(self.options))]
+        defaults = SOLVER_OPTIONS[self.solver]
+        chosen = {name: value for name, value in sorted(self.options.items()) if value != defaults[name]}
+        words = [self.dataset_name, self.solver, *(_word(name, value) for name, value in chosen.items())]
         if self.sigmas_list is None:
             has_default_rho = self.schedule_rho == default_rho(self.schedule_type)
             choices = {

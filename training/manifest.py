@@ -94,9 +94,14 @@ class Manifest:
                 missing.append(seed)
                 continue
             for name, value in wanted.items():
-                if line.get(name) != value:
+                if name not in line:
                     raise ManifestError(
-                        f"{self.folder} has an image of seed {seed} made with {name} {line.get(name)!r}, not {value!r};"
+                        f"{self.folder} has an image of seed {seed} that does not say its {name}: an earlier version "
+                        "made it; choose another --outdir, or --overwrite"
+                    )
+                if line[name] != value:
+                    raise ManifestError(
+                        f"{self.folder} has an image of seed {seed} made with {name} {line[name]!r}, not {value!r};"
                         " choose another --outdir, or --overwrite"
                     )
             file = self.folder / image_name(seed)

@@ -10,7 +10,7 @@ from torch_utils.errors import UserError
 
 # The solvers that read a table, and the highest `max_order` of those that have one: solver_utils owns these numbers,
 # but needs torch; a test keeps the two in step.
-TABLE_SOLVERS: dict[str, int | None] = {"epd": None, "ipndm": 4, "dpmpp": 3}
+TABLE_ORDERS: dict[str, int | None] = {"epd": None, "ipndm": 4, "dpmpp": 3}
 
 
 class TableError(UserError):
@@ -67,9 +67,9 @@ class TableMetadata:
             raise TableError(f"schedule_rho is {self.schedule_rho:g}; it must be positive")
         if self.sigma_max is not None and self.sigma_max <= (self.sigma_min or 0.0):
             raise TableError(f"sigma_max is {self.sigma_max:g}; it must be greater than sigma_min and 0")
-        if self.sampler_stu not in TABLE_SOLVERS:
-            raise TableError(f"sampler_stu is {ascii(self.sampler_stu)[:80]}; known are {', '.join(TABLE_SOLVERS)}")
-        highest = TABLE_SOLVERS[self.sampler_stu]
+        if self.sampler_stu not in TABLE_ORDERS:
+            raise TableError(f"sampler_stu is {ascii(self.sampler_stu)[:80]}; known are {', '.join(TABLE_ORDERS)}")
+        highest = TABLE_ORDERS[self.sampler_stu]
         if highest is not None and self.max_order is not None and self.max_order > highest:
             raise TableError(f"max_order is {self.max_order}; {self.sampler_stu} has orders 1 to {highest}")
 

@@ -52,6 +52,7 @@ def _interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
     """Piecewise linear through (knots, values), knots rising; the outer segments go on beyond the ends."""
     right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
     left = right - 1
+    # `take` and not `knots[left]`: a single index is read back from the device, and the host would wait for it.
     share = (x - knots.take(left)) / (knots.take(right) - knots.take(left))
     return values.take(left) + share * (values.take(right) - values.take(left))
 
