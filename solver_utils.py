@@ -325,7 +325,7 @@ def dpmpp_weights(lam_u: Tensor, lams: Sequence[float]) -> Tensor:
 
     The step is x_u = u/t x_t + (1 - u/t) sum_j w_j D_j, with D_j the data predictions at half log SNR `lams` (that of t
     first) and `lam_u`, of any shape, that of u. Order 2 is arXiv 2211.01095, Algorithm 2. Order 3 is
-    `multistep_dpm_solver_third_update` of its authors' code, and of everyone since: it takes half the Taylor value of
+    `multistep_dpm_solver_third_update` of its authors' code, as in diffusers: it takes half the Taylor value of
     D'', so it gains accuracy over order 2 but not an order.
     """
     h = lam_u - lams[0]
