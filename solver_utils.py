@@ -55,6 +55,7 @@ QUADRATURE_POINTS = 64  # Gauss-Legendre points per interval for the weights of 
 
 SCHEDULE_TYPES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
 LOWEST_RHO, HIGHEST_RHO, HIGHEST_SIGMA = 0.05, 1000.0, 1e6  # beyond them the powers leave float64
+HIGHEST_STEPS = 100_000
 VP_TIME_MIN = 1e-3  # where the `time_uniform` schedule ends; its time starts at 1
 
 
@@ -180,6 +181,8 @@ def check_schedule(
 def _check_num_steps(num_steps: int) -> None:
     if num_steps < 2:
         raise SolverError(f"num_steps must be at least 2 (nodes, so one interval), got {num_steps}")
+    if num_steps > HIGHEST_STEPS:
+        raise SolverError(f"num_steps must be at most {HIGHEST_STEPS}, got {num_steps}")
 
 
 def check_schedule_type(schedule_type: str) -> None:
@@ -242,8 +245,9 @@ def check_options(solver: str, options: Mapping[str, object]) -> None:
             raise SolverError(f"max_rows must be at least 1, got {value}")
         if name in ("s_churn", "s_noise") and value < 0:
             raise SolverError(f"{name} must not be negative, got {value:g}")
-    if options.get("s_min", 0.0) > options.get("s_max", math.inf):
-        raise SolverError(f"s_min {options['s_min']:g} lies above s_max {options['s_max']:g}")
+    s_min, s_max = options.get("s_min", 0.0), options.get("s_max", math.inf)
+    if s_min > s_max:
+        raise SolverError(f"s_min {s_min:g} lies above s_max {s_max:g}")
 
 
 def check_nodes(solver: str, sigmas: Tensor, is_flow: bool, afs: bool) -> list[float]:
@@ -257,9 +261,7 @@ def check_nodes(solver: str, sigmas: Tensor, is_flow: bool, afs: bool) -> list[f
         raise SolverError("afs (the analytical first step) does not exist for flow models; switch it off")
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise SolverError(f"sigmas must be one row of at least 2 nodes, got shape {tuple(sigmas.shape)}")
-    nodes = [float(sigma) for sigma in sigmas.tolist()]
-    if not all(t > u for t, u in pairwise(nodes)) or not nodes[0] < math.inf or nodes[-1] < 0:
-        raise SolverError("sigmas must be finite and fall strictly towards 0")
+    nodes = explicit_schedule(sigmas.tolist()).tolist()
     if is_flow and nodes[0] > 1:
         raise SolverError(f"sigmas of a flow model lie between 1 and 0, got {nodes[0]:g}")
     if nodes[-1] == 0 and solver not in SOLVERS_TO_ZERO:
@@ -307,17 +309,21 @@ def half_logsnr(sigma: Tensor, is_flow: bool) -> Tensor:
     return (torch.log1p(-sigma) if is_flow else 0) - torch.log(sigma)
 
 
-def multistep_orders(lambdas: Sequence[float], max_order: int, lower_order_final: bool) -> list[int]:
-    """Order of each interval between nodes of half log SNR `lambdas`: 1, 2, ... while the history fills, `max_order`,
-    and down to 1 again with `lower_order_final`. A node at -inf (pure noise) gives the polynomials no support, and an
-    interval that ends at inf (sigma 0) has no other limit than order 1."""
-    intervals = len(lambdas) - 1
-    first = int(math.isinf(lambdas[0]))
-    orders = []
+def multistep_histories(lams: Sequence[float], max_order: int, lower_order_final: bool) -> list[list[float]]:
+    """The nodes that the step of each interval uses, newest first, as half log SNR; their number is the step's order.
+
+    The order is 1, 2, ... while the history fills, `max_order`, and down to 1 again with `lower_order_final`. A node at
+    -inf (pure noise) gives the polynomials no support, and an interval that ends at inf (sigma 0) has no other limit
+    than order 1.
+    """
+    intervals = len(lams) - 1
+    first = int(math.isinf(lams[0]))
+    histories = []
     for i in range(intervals):
         left = intervals - i if lower_order_final else max_order
-        orders.append(1 if math.isinf(lambdas[i + 1]) else max(min(i + 1 - first, left, max_order), 1))
-    return orders
+        order = 1 if math.isinf(lams[i + 1]) else max(min(i + 1 - first, left, max_order), 1)
+        histories.append(list(lams[i - order + 1 : i + 1][::-1]))
+    return histories
 
 
 def dpmpp_weights(lam_u: Tensor, lams: Sequence[float]) -> Tensor:
@@ -379,8 +385,7 @@ def unipc_plan(
     is never evaluated.
     """
     predict, correct = [], []
-    for i, order in enumerate(multistep_orders(lams, max_order, lower_order_final)):
-        known = lams[i - order + 1 : i + 1][::-1]
+    for i, known in enumerate(multistep_histories(lams, max_order, lower_order_final)):
         can_correct = i + 2 < len(lams) and math.isfinite(lams[i])
         predict.append(unipc_weights(lams[i + 1], known, variant))
         correct.append(unipc_weights(lams[i + 1], known, variant, corrector=True) if can_correct else None)

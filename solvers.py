@@ -35,7 +35,7 @@ from solver_utils import (
     dpmpp_weights,
     get_schedule,
     half_logsnr,
-    multistep_orders,
+    multistep_histories,
     unipc_plan,
 )
 
@@ -197,10 +197,8 @@ def dpmpp_sampler(
     check_options("dpmpp", {"max_order": max_order})
     nodes = check_nodes("dpmpp", sigmas, net.is_flow, afs)
     lams = half_logsnr(torch.tensor(nodes, dtype=torch.float64), net.is_flow)
-    weights = [
-        dpmpp_weights(lams[i + 1], lams[i - order + 1 : i + 1].tolist()[::-1]).tolist()
-        for i, order in enumerate(multistep_orders(lams.tolist(), max_order, lower_order_final))
-    ]
+    histories = multistep_histories(lams.tolist(), max_order, lower_order_final)
+    weights = [dpmpp_weights(lam_u, known).tolist() for lam_u, known in zip(lams[1:], histories, strict=True)]
     data = deque(maxlen=max_order)
 
     def step(i, x, t, u):
@@ -332,9 +330,8 @@ def epd_dpmpp_sampler(
     lams = half_logsnr(torch.tensor(nodes, dtype=torch.float64), net.is_flow).tolist()
     lam_points = half_logsnr(points.tau, net.is_flow)  # [N-1, B, K]
     weights = []  # of each interval: order times [B, K, 1, 1, 1]
-    for i, order in enumerate(multistep_orders(lams, max_order, lower_order_final)):
-        rows = dpmpp_weights(lam_points[i], lams[i - order + 1 : i + 1][::-1])
-        weights.append(_per_point(rows, x).unbind(2))
+    for lam_u, known in zip(lam_points, multistep_histories(lams, max_order, lower_order_final), strict=True):
+        weights.append(_per_point(dpmpp_weights(lam_u, known), x).unbind(2))
     share = _per_point(points.tau / points.t, x)
     data = deque(maxlen=max_order)
 

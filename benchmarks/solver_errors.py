@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.closed_form import MixtureDenoiser, reference_solution
-from benchmarks.results import Part
+from benchmarks.results import ROOT, Part
 from benchmarks.variants import Variant, run_counted
 from solver_utils import default_rho, get_schedule
 from torch_utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -35,7 +35,6 @@ EMBEDDED_SCHEDULES = ("discrete", "logsnr")
 JUDGES = {"reward": "emoji_reward", "heldout": "emoji_heldout"}
 GUIDANCE = 7.5
 PROMPT_FILE = Path("src/prompts/emoji_test.txt")
-ROOT = Path(__file__).resolve().parents[1]
 MAX_BATCH = 256
 
 

@@ -563,6 +563,8 @@ def test_strange_pictures_are_not_mixed_in(tmp_path):
         ([*BASE, "--sigma-min", "-1"], "need 0 < sigma_min < sigma_max <= 1e+06, got sigma_min -1"),
         (["--sampler", "edm", *BASE[2:], "--s-max", "nan"], "s_max must be a finite number, got nan"),
         (["--sampler", "edm", *BASE[2:], "--s-min", "5", "--s-max", "2"], "s_min 5 lies above s_max 2"),
+        (["--sampler", "edm", *BASE[2:], "--s-max", "-1"], "s_min 0 lies above s_max -1"),
+        ([*BASE, "--num-steps", "1000000000000"], "num_steps must be at most 100000, got 1000000000000"),
         (["--sampler", "edm", *BASE[2:], "--s-noise", "-1"], "s_noise must not be negative, got -1"),
         ([*BASE, "--sigma-min", "20", "--sigma-max", "3"], "need 0 < sigma_min < sigma_max <= 1e+06, got sigma_min 20"),
         (["--sampler", "edm", *BASE[2:], "--s-churn", "nan"], "s_churn must be a finite number, got nan"),
