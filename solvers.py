@@ -273,6 +273,22 @@ def epd_sampler(
     return _walk(step, x, sigmas, callback)
 
 
+def epd_slopes(net, x: Tensor, sigmas: Tensor, cond=None, *, table, max_rows: int | None = None, afs=False) -> Tensor:
+    """The slopes c_k d_k `[B,K,C,H,W]` whose weighted mean is the step of `epd_sampler` over one interval.
+
+    `sigmas` are the two nodes of the interval and `table` has one row `[1,K]`, or `[B,1,K]`; its weights do not matter.
+    What K rows of network calls hold is in memory at once: `max_rows` splits the calls, not the result.
+    """
+    check_options("epd", {"max_rows": max_rows})
+    nodes = check_nodes("epd", sigmas, net.is_flow, afs)
+    if len(nodes) != 2:
+        raise SolverError(f"epd_slopes takes the two nodes of one interval, got {len(nodes)}")
+    net, x = _InParts(net, max_rows), _state(x)
+    points = _Points.of_table(x, sigmas, cond, table)
+    d = _node_slope(net, x, sigmas[0].to(x.device, torch.float64), cond, afs)
+    return points.gain[0] / points.weights[0] * points.reached_slopes(net, 0, x, d)
+
+
 def epd_ipndm_sampler(
     net,
     x: Tensor,
@@ -469,7 +485,11 @@ class _Points:
 
     def ensemble_slope(self, net, i: int, x: Tensor, d: Tensor) -> Tensor:
         """sum_k w_k c_k d_k `[B,C,H,W]` of interval i, its points x_k = x + (tau_k - t) d reached along `d`."""
-        return (self.gain[i] * self._slopes(net, i, x[:, None] + self.reach[i] * d[:, None])).sum(1)
+        return (self.gain[i] * self.reached_slopes(net, i, x, d)).sum(1)
+
+    def reached_slopes(self, net, i: int, x: Tensor, d: Tensor) -> Tensor:
+        """slope(x_k, a_k tau_k) `[B,K,C,H,W]` of interval i, its points x_k reached along `d`."""
+        return self._slopes(net, i, x[:, None] + self.reach[i] * d[:, None])
 
     def ensemble_data(self, net, i: int, x_k: Tensor) -> Tensor:
         """sum_k w_k (x_k - tau_k c_k d_k) `[B,C,H,W]` of interval i at the points `x_k [B,K,C,H,W]`."""

@@ -1,4 +1,4 @@
-"""`solvers.json`: parts that were measured on possibly different machines, each with its own record of how."""
+"""A benchmark's JSON file: parts that were measured on possibly different machines, each with its own record of how."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch_utils.checkpoint import atomic_write_text
@@ -21,10 +22,15 @@ FORMAT = 1
 IDENTITY = ("machine", "settings", "solver_code")  # what all rows of a part share
 SAVE_EVERY = 5.0  # seconds between two writes of the file
 ROOT = Path(__file__).resolve().parents[1]
-CODE = (
-    *("solvers.py", "solver_utils.py", "training/ppo/cold_start.py", "training/denoisers/stable_diffusion.py"),
-    *("benchmarks/closed_form.py", "benchmarks/variants.py"),
-)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What tells one benchmark's results from another's."""
+
+    name: str  # of its files: <name>.json, <name>.md, <name>.png
+    module: str  # its command is `python -m <module>`
+    code: tuple[str, ...]  # files below ROOT that decide the figures
 
 
 class ResultsError(UserError):
@@ -57,7 +63,7 @@ def machine(device: str) -> dict:
     }
 
 
-def command_line(arguments: Sequence[str]) -> str:
+def command_line(module: str, arguments: Sequence[str]) -> str:
     """The command to give for the same measurement; where it wrote is nobody's business."""
     kept, rest = [], iter(arguments)
     for argument in rest:
@@ -65,13 +71,13 @@ def command_line(arguments: Sequence[str]) -> str:
             next(rest, None)
         elif not argument.startswith("--outdir="):
             kept.append(argument)
-    return shlex.join(["python", "-m", "benchmarks.solvers", *kept])
+    return shlex.join(["python", "-m", module, *kept])
 
 
-def solver_code() -> str:
-    """Hash of the code that decides the figures, without comments and docstrings, so that other code's do not pass for
+def code_hash(files: Sequence[str]) -> str:
+    """Hash of the code in `files` (below ROOT) that decides the figures, without comments and docstrings, so that other code's do not pass for
     this one's."""
-    trees = [ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in CODE]
+    trees = [ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in files]
     for tree in trees:
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -109,10 +115,11 @@ class Part:
 
 
 class Results:
-    """`<outdir>/solvers.json`, read at the start and written after measurements, at most every SAVE_EVERY seconds."""
+    """`<outdir>/<name>.json`, read at the start and written after measurements, at most every SAVE_EVERY seconds."""
 
-    def __init__(self, outdir: Path):
-        self.path = outdir / "solvers.json"
+    def __init__(self, outdir: Path, benchmark: Benchmark):
+        self.path = outdir / f"{benchmark.name}.json"
+        self.benchmark = benchmark
         self.parts: dict[str, dict] = {}
         self._saved = time.monotonic()
         if not self.path.exists():
@@ -133,8 +140,8 @@ class Results:
         fresh = {
             "machine": machine(device),
             "settings": settings,
-            "solver_code": solver_code(),
-            "command": command_line(sys.argv[1:]),
+            "solver_code": code_hash(self.benchmark.code),
+            "command": command_line(self.benchmark.module, sys.argv[1:]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "references": {},
             "rows": [],

@@ -21,12 +21,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from benchmarks.results import Benchmark, Results, code_hash
 from torch_utils.errors import UserError, user_errors
 
 if TYPE_CHECKING:
-    from benchmarks.results import Results
     from benchmarks.variants import Variant
 
+BENCHMARK = Benchmark(
+    name="solvers",
+    module="benchmarks.solvers",
+    code=(
+        *("solvers.py", "solver_utils.py", "training/ppo/cold_start.py", "training/denoisers/stable_diffusion.py"),
+        *("benchmarks/closed_form.py", "benchmarks/variants.py"),
+    ),
+)
 PARTS = ("closed-form", "embedded", "overhead", "sync")
 NFES = "4,6,8,10,12,16,20,26,36,50"
 
@@ -94,7 +102,6 @@ def main(
 ) -> None:
     names = parse_parts(parts)
     numbers, sizes = parse_numbers("--nfe", nfes), parse_numbers("--batches", batches)
-    from benchmarks.results import Results
     from benchmarks.variants import select_variants
     from torch_utils.checkpoint import lock_folder
 
@@ -104,7 +111,7 @@ def main(
         make_folder(outdir)
         if not lock_folder(outdir, locks):
             raise UserError(f"another process writes to {outdir}; choose another --outdir")
-        results = Results(outdir)
+        results = Results(outdir, BENCHMARK)
         try:
             if "closed-form" in names or "embedded" in names:
                 measure_errors(names, results, overwrite, variants, numbers, device, images, reference_steps)
@@ -168,14 +175,13 @@ def measure_speed(
 def report(results: Results, outdir: Path, check: bool) -> None:
     """Write the tables and the plot, print the verdicts; exit code 1 if `check` and one is broken."""
     from benchmarks.plots import save_plot
-    from benchmarks.results import solver_code
     from benchmarks.solver_report import to_markdown, verdicts
     from torch_utils.checkpoint import atomic_write_text
 
     atomic_write_text(outdir / "solvers.md", to_markdown(results.parts))
     save_plot(results.parts, outdir / "solvers.png")
     click.echo(f"{results.path}, solvers.md, solvers.png: {', '.join(sorted(results.parts)) or 'nothing measured'}")
-    code = solver_code()
+    code = code_hash(BENCHMARK.code)
     for name, part in results.parts.items():
         if part["solver_code"] != code:
             click.echo(f"{name} was measured with other code and is not judged; --overwrite measures it anew")

@@ -11,7 +11,7 @@ from solver_runs import F64, SIGMA0, SIGMA1, TABLE_SOLVERS, constant_table, make
 
 from benchmarks.closed_form import MixtureDenoiser, ShiftCond, reference_solution
 from solver_utils import SolverError, get_schedule
-from solvers import epd_ipndm_sampler, epd_sampler
+from solvers import epd_ipndm_sampler, epd_sampler, epd_slopes
 
 SHIFTS = torch.tensor([0.0, 1.0, -2.0], dtype=F64)
 
@@ -237,3 +237,47 @@ def test_epd_ipndm_of_order_one_is_epd(problem):
     sigmas, table = get_schedule(7, SIGMA1, SIGMA0), random_table(6, 2)
     plug_in = epd_ipndm_sampler(net, x, sigmas, table=table, max_order=1)
     assert torch.equal(plug_in, epd_sampler(net, x, sigmas, table=table))
+
+
+# ----------------------------------------------------------------------------
+# The slopes of one interval by themselves.
+
+
+@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1, 3)])
+def test_slopes_of_an_interval_are_those_of_the_step(shape, afs):
+    """Their weighted mean is the sampler's step, and each is c a slope(x + (tau - t) d, a tau)."""
+    net, cond = MixtureDenoiser(), ShiftCond(SHIFTS)
+    x = net.start(3, 4.0)
+    t, u = sigmas = torch.tensor([4.0, 1.0], dtype=F64)
+    table = random_table(*shape)
+    slopes = epd_slopes(net, x, sigmas, cond, table=table, afs=afs)
+    assert slopes.shape == (3, shape[-1], *x.shape[1:])
+    weights = table.weights.expand(3, 1, -1)[:, 0, :, None, None, None]
+    step = x + (u - t) * (weights * slopes).sum(1)
+    assert torch.allclose(step, epd_sampler(net, x, sigmas, cond, table=table, afs=afs), rtol=1e-13, atol=1e-13)
+    r, a, c = (part.expand(3, 1, -1)[:, 0] for part in (table.positions, table.scale_time, table.scale_dir))
+    for b in range(3):
+        row, row_cond = x[b : b + 1], cond[b : b + 1]
+        d = row / math.sqrt(1 + 4.0**2) if afs else net.slope(row, t, row_cond)
+        for k in range(shape[-1]):
+            tau = u ** r[b, k] * t ** (1 - r[b, k])
+            expected = c[b, k] * a[b, k] * net.slope(row + (tau - t) * d, a[b, k] * tau, row_cond)
+            assert torch.allclose(slopes[b, k], expected[0], rtol=1e-12, atol=1e-13)
+
+
+def test_slopes_of_an_interval_do_not_depend_on_the_weights_or_the_rows_of_a_call():
+    net = LargestCall()
+    x, sigmas = net.start(3, 4.0), torch.tensor([4.0, 1.0], dtype=F64)
+    slopes = epd_slopes(net, x, sigmas, table=make_table([[0.2, 0.7]], [[0.5, 0.5]]))
+    assert net.sizes == [3, 6]
+    parts = epd_slopes(net, x, sigmas, table=make_table([[0.2, 0.7]], [[0.1, 0.9]]), max_rows=2)
+    assert net.sizes == [3, 6, 2, 1, 2, 2, 2]
+    assert torch.allclose(parts, slopes, rtol=1e-12, atol=1e-13)
+
+
+def test_slopes_of_more_than_an_interval_are_refused():
+    net = LargestCall()
+    with pytest.raises(SolverError, match="two nodes of one interval, got 3"):
+        epd_slopes(net, net.start(2, SIGMA0), get_schedule(3, SIGMA1, SIGMA0), table=random_table(2, 2))
+    assert net.sizes == []

@@ -5,12 +5,14 @@ import torch
 from toy_training import ToyDenoiser, ToyReward, colour
 
 from solver_utils import get_schedule
+from solvers import epd_sampler
 from torch_utils.seeds import derive_seed, noise
+from training.generate import initial_latents
 from training.ppo.cold_start import cold_start_table
 from training.ppo.config import EvaluationConfig, PPOConfig
 from training.ppo.evaluation import MeanTableEvaluator
-from training.ppo.policy import EPDParamPolicy
-from training.ppo.rl_runner import EPDRolloutRunner, PromptOrder, RolloutError
+from training.ppo.policy import EPDParamPolicy, TableArrays
+from training.ppo.rl_runner import EPDRolloutRunner, ImageScorer, PromptOrder, RolloutError
 from training.solver_table import SolverTable
 
 PROMPTS = [f"prompt {n}" for n in range(7)]
@@ -28,6 +30,10 @@ def make_runner(reward=None, seed=3, **ppo):
 
 def make_policy(concentration=20.0):
     return EPDParamPolicy(start(), concentration, parameterization="direct")
+
+
+def roll_out(runner, policy, step):
+    return runner.rollout(runner.draw(policy, step))
 
 
 class RecordingReward(ToyReward):
@@ -63,13 +69,13 @@ def test_more_prompts_a_step_than_there_are():
 
 
 def test_samples_carry_their_group():
-    rollout = make_runner().rollout(make_policy(), step=1)
-    assert len(rollout.prompts) == len(rollout.rewards) == 12
+    rollout = roll_out(make_runner(), make_policy(), step=1)
+    assert len(rollout.draw.prompts) == len(rollout.rewards) == 12
     for group in range(4):
-        members = {rollout.prompts[n] for n in range(12) if rollout.group_ids[n] == group}
+        members = {rollout.draw.prompts[n] for n in range(12) if rollout.draw.group_ids[n] == group}
         assert len(members) == 1
-    assert len(set(rollout.prompts)) == 4
-    assert (rollout.group_ids.bincount() == 3).all()
+    assert len(set(rollout.draw.prompts)) == 4
+    assert (rollout.draw.group_ids.bincount() == 3).all()
 
 
 def epd_by_hand(x, table, sigmas, mean, std):
@@ -91,11 +97,11 @@ def epd_by_hand(x, table, sigmas, mean, std):
 def test_each_image_comes_from_its_own_table_noise_and_prompt():
     reward = RecordingReward()
     runner = make_runner(reward)
-    rollout = runner.rollout(make_policy(), step=2)
+    rollout = roll_out(runner, make_policy(), step=2)
     images = torch.cat(reward.seen).double() * 2 - 1
     sigmas = get_schedule(4, 0.02, 20.0, schedule_type="polynomial", schedule_rho=3.0)
-    table = rollout.sample.table
-    for n, prompt in enumerate(rollout.prompts):
+    table = rollout.draw.sample.table
+    for n, prompt in enumerate(rollout.draw.prompts):
         # (run seed, purpose, step, prompt index, sample index), the last 0 for all where noise is shared
         seed = derive_seed(3, "noise", 2, n // 3, 0)
         x = noise([seed], (3, 4, 4))[0].double() * 20.0
@@ -110,7 +116,7 @@ def test_each_image_comes_from_its_own_table_noise_and_prompt():
 def test_shared_noise(shared):
     # With tables that hardly differ, samples of one prompt look alike exactly when they start from the same noise.
     reward = RecordingReward()
-    make_runner(reward, shared_noise=shared).rollout(make_policy(concentration=1e9), step=1)
+    roll_out(make_runner(reward, shared_noise=shared), make_policy(concentration=1e9), step=1)
     images = torch.cat(reward.seen).view(4, 3, -1)
     spread = (images - images[:, :1]).abs().amax(dim=(1, 2))
     assert (spread < 0.01).all() if shared else (spread > 0.01).all()
@@ -119,26 +125,26 @@ def test_shared_noise(shared):
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 12, 100])
 def test_micro_batches_change_nothing(micro_batch):
-    whole = make_runner().rollout(make_policy(), step=3)
-    parts = make_runner(rollout_micro_batch=micro_batch).rollout(make_policy(), step=3)
+    whole = roll_out(make_runner(), make_policy(), step=3)
+    parts = roll_out(make_runner(rollout_micro_batch=micro_batch), make_policy(), step=3)
     assert torch.equal(whole.rewards, parts.rewards)
-    assert torch.equal(whole.sample.segments, parts.sample.segments)
+    assert torch.equal(whole.draw.sample.segments, parts.draw.sample.segments)
 
 
 def test_micro_batch_bounds_the_network_batch():
     reward = RecordingReward()
-    make_runner(reward, rollout_micro_batch=5).rollout(make_policy(), step=1)
+    roll_out(make_runner(reward, rollout_micro_batch=5), make_policy(), step=1)
     assert [len(images) for images in reward.seen] == [5, 5, 2]
 
 
 def test_draws_depend_on_run_seed_and_step_alone():
     policy = make_policy()
     used = make_runner()
-    used.rollout(policy, step=1)
-    again, fresh = used.rollout(policy, step=2), make_runner().rollout(policy, step=2)
-    assert torch.equal(again.rewards, fresh.rewards) and again.prompts == fresh.prompts
-    for other in (used.rollout(policy, step=3), make_runner(seed=4).rollout(policy, step=2)):
-        assert not torch.equal(other.sample.segments, fresh.sample.segments)
+    roll_out(used, policy, step=1)
+    again, fresh = roll_out(used, policy, step=2), roll_out(make_runner(), policy, step=2)
+    assert torch.equal(again.rewards, fresh.rewards) and again.draw.prompts == fresh.draw.prompts
+    for other in (roll_out(used, policy, step=3), roll_out(make_runner(seed=4), policy, step=2)):
+        assert not torch.equal(other.draw.sample.segments, fresh.draw.sample.segments)
         assert not torch.equal(other.rewards, fresh.rewards)
 
 
@@ -151,7 +157,53 @@ def test_a_reward_that_is_not_a_number_stops_with_its_prompt():
 
     runner = make_runner(Broken())
     with pytest.raises(RolloutError, match="toy_reward gave nan for the prompt 'prompt"):
-        runner.rollout(make_policy(), step=1)
+        roll_out(runner, make_policy(), step=1)
+
+
+def shifted(arrays, name, index, by):
+    """`arrays` with one number of one sample changed."""
+    part = getattr(arrays, name).clone()
+    part[index] += by
+    return arrays._replace(**{name: part})
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_the_pathwise_gradient_is_the_derivative_of_the_reward(micro_batch):
+    class Smooth(ToyReward):
+        """In float64, without the kink of the distance."""
+
+        def score(self, images, prompts):
+            wanted = torch.tensor([colour(prompt) for prompt in prompts], dtype=torch.float64)[:, :, None, None]
+            return -((images.double() * 2 - 1 - wanted) ** 2).flatten(1).mean(1)
+
+    runner = make_runner(Smooth(), rollout_batch_size=3, rollout_micro_batch=micro_batch)
+    draw = runner.draw_mean(make_policy(), step=1)
+    rollout = runner.rollout(draw, with_gradients=True)
+    assert torch.equal(rollout.rewards, runner.rollout(draw).rewards)  # the very pixels that are scored otherwise
+    assert rollout.gradients.positions.shape == (3, 3, 2)
+    # The reward is of 8-bit pixels, a staircase: the difference quotient is taken on the unrounded ones.
+    scorer = ImageScorer(ToyDenoiser(), [Smooth()], start(), None)
+
+    def smooth_scores(arrays):
+        x, _ = initial_latents(scorer.net, draw.prompts, draw.noise_seeds, scorer.sigmas)
+        cond = scorer.net.encode_prompts(draw.prompts)
+        images = epd_sampler(scorer.net, x.double(), scorer.sigmas, cond, table=arrays)
+        return Smooth().score(((images + 1) / 2).clamp(0, 1), draw.prompts)
+
+    for name in TableArrays._fields:
+        gradient = getattr(rollout.gradients, name)
+        for index in ((0, 0, 0), (1, 1, 1), (2, 2, 0)):
+            up, down = (smooth_scores(shifted(draw.sample.arrays, name, index, by)) for by in (1e-4, -1e-4))
+            quotient = ((up - down) / 2e-4)[index[0]].item()
+            assert gradient[index].item() == pytest.approx(quotient, rel=0.03, abs=2e-4), (name, index)
+
+
+def test_the_mean_draw_takes_every_prompt_once_with_the_mean_table():
+    policy = make_policy()
+    draw = make_runner(rollout_batch_size=7, rloo_k=7).draw_mean(policy, step=2)
+    assert sorted(draw.prompts) == PROMPTS and len(set(draw.noise_seeds)) == 7
+    for sampled in draw.sample.table.positions:
+        torch.testing.assert_close(sampled, start().positions)
 
 
 def make_evaluator(micro_batch=None, reward=None, prompts=PROMPTS, **options):

@@ -16,8 +16,9 @@ from training.ppo.config import Config, PPOConfig, load_config
 from training.ppo.interrupt import StopRequest
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.ppo_trainer import PPOTrainer
+from training.ppo.rdpo import RDPO
 from training.ppo.reporting import append_line, drop_lines_after
-from training.ppo.rl_runner import Rollout
+from training.ppo.rl_runner import Draw, Rollout
 from training.ppo.run_dir import RunDirectory, RunError, open_run
 from training.table import SolverTable, load_table
 
@@ -50,7 +51,11 @@ def final_state(directory):
 
 
 def assert_same_policy(first, second):
-    assert first["step"] == second["step"] and first["best"] == second["best"]
+    assert first["step"] == second["step"]
+    guards = first["guard"], second["guard"]
+    assert guards[0]["best_step"] == guards[1]["best_step"] and guards[0]["consecutive"] == guards[1]["consecutive"]
+    for name, scores in guards[0]["best_scores"].items():
+        assert torch.equal(scores, guards[1]["best_scores"][name])
     assert first["policy"].keys() == second["policy"].keys()
     for key, value in first["policy"].items():
         assert torch.equal(value, second["policy"][key])
@@ -87,41 +92,68 @@ def test_training_improves_the_mean_table(toy, tmp_path, parameterization):
     assert evaluations[-1]["toy_spread_mean"] > evaluations[0]["toy_spread_mean"]
 
 
+class HackedReward(ToyReward):
+    """Wants pictures ever farther from the prompt's colour: the opposite of the held-out metric."""
+
+    def score(self, images, prompts):
+        return -super().score(images, prompts)
+
+
+@pytest.mark.parametrize(("on_divergence", "steps"), [("flag", 8), ("stop", 4)])
+def test_a_reward_that_is_exploited_is_flagged_or_ends_the_run(toy, tmp_path, on_divergence, steps, capsys):
+    models = Models(ToyDenoiser(), HackedReward(), [ToyReward("toy_spread", power=2)])
+    options = ["ppo.steps=8", "ppo.learning_rate=0.3", f"evaluation.on_divergence={on_divergence}"]
+    assert run_toy(toy, "never", options, models) == 0
+    directory = only_run(tmp_path)
+    evaluations = lines(directory.evaluations)
+    assert [record["step"] for record in evaluations] == list(range(0, steps + 1, 2))
+    assert [record["diverging"] for record in evaluations] == [False] + [True] * (steps // 2)
+    assert "step 2: toy_reward rose by" in capsys.readouterr().err
+    assert load_checkpoint(directory.best_checkpoint)["step"] == 0
+    assert final_state(directory)["step"] == steps
+    run_toy(toy, str(directory.path), options, models)  # what was stopped stays stopped
+    assert final_state(directory)["step"] == steps
+
+
+def test_pathwise_learns_the_toy_and_resumes(toy, tmp_path):
+    options = ["trainer.algorithm=pathwise", "pathwise.learning_rate=0.1", "ppo.steps=6"]
+    run_toy(toy, "never", [*options, f"run.output_root={tmp_path}/undisturbed"])
+    (folder,) = (tmp_path / "undisturbed").iterdir()
+    undisturbed = RunDirectory(folder)
+    rewards = [record["reward_mean"] for record in lines(undisturbed.evaluations)]
+    assert rewards[-1] > rewards[0] + 0.5 * (-0.0798 - rewards[0])
+
+    run_toy(toy, "never", options, Models(ToyDenoiser(), SignalAfter(3, signal.SIGTERM), toy_models().metrics))
+    run_toy(toy, "auto", options)
+    directory = only_run(tmp_path)
+    assert_same_policy(final_state(undisturbed), final_state(directory))
+    assert_same_logs(undisturbed, directory)
+
+
 def test_the_best_policy_is_kept(toy, tmp_path):
     run_toy(toy, "never", ["ppo.steps=6", "ppo.learning_rate=2.0", "evaluation.interval=1"])
     directory = only_run(tmp_path)
     evaluations = lines(directory.evaluations)
-    best = max(evaluations, key=lambda record: record["reward_mean"])
+    best = max(evaluations, key=lambda record: record["toy_spread_mean"])
     assert best["step"] < 6  # the rate is far too high: later steps are worse
     state = load_checkpoint(directory.best_checkpoint)
-    assert state["step"] == best["step"] and state["best"]["reward_mean"] == best["reward_mean"]
+    assert state["step"] == best["step"] == state["guard"]["best_step"]
+    assert state["guard"]["best_scores"]["toy_spread"].mean().item() == best["toy_spread_mean"]
 
 
-class FixedRunner:
-    """Hands out one prepared rollout."""
-
-    def __init__(self, rollout):
-        self.prepared = rollout
-
-    def rollout(self, policy, step):
-        return self.prepared
-
-
-def one_update(tmp_path, rewards, **ppo):
+def one_update(rewards, **ppo):
     """Policy before and after a single update on 4 samples in 2 groups, and the statistics."""
     table = SolverTable(positions=[[0.3, 0.6]] * 2, weights=[[0.5, 0.5]] * 2)
     policy = EPDParamPolicy(table, parameterization="direct")
     sample = policy.sample_table(4, seed=0)
-    groups = torch.tensor([0, 0, 1, 1])
-    rollout = Rollout(sample, ["a", "a", "b", "b"], groups, torch.tensor(rewards, dtype=torch.float64), 0.0, 0.0)
-    config = Config(ppo=PPOConfig(rollout_batch_size=4, rloo_k=2, **{"ppo_epochs": 1, "learning_rate": 0.01, **ppo}))
-    trainer = PPOTrainer(config, policy, FixedRunner(rollout), None, RunDirectory(tmp_path))
-    statistics = trainer.update(rollout)
+    draw = Draw(sample, ["a", "a", "b", "b"], [0, 0, 1, 1], torch.tensor([0, 0, 1, 1]))
+    options = PPOConfig(rollout_batch_size=4, rloo_k=2, **{"ppo_epochs": 1, "learning_rate": 0.01, **ppo})
+    statistics = RDPO(policy, options, seed=0).update(1, Rollout(draw, torch.tensor(rewards, dtype=torch.float64)))
     return sample, policy, statistics
 
 
-def test_an_update_makes_better_tables_likelier(tmp_path):
-    sample, policy, statistics = one_update(tmp_path, [1.0, 0.0, 5.0, 6.0])
+def test_an_update_makes_better_tables_likelier():
+    sample, policy, statistics = one_update([1.0, 0.0, 5.0, 6.0])
     gained = (policy.log_prob(sample) - sample.log_prob).detach()
     assert gained[0] > gained[1] and gained[3] > gained[2]
     assert statistics["kl"] > 0 and statistics["approx_kl"] > 0 and statistics["grad_norm"] > 0
@@ -130,45 +162,44 @@ def test_an_update_makes_better_tables_likelier(tmp_path):
     assert statistics["ratio_max"] == pytest.approx(ratios.max().item())
 
 
-def test_baselines_differ_where_prompts_differ(tmp_path):
+def test_baselines_differ_where_prompts_differ():
     # Prompt a scores low and b high. Per prompt the first table of each pair wins; the published grouping compares
     # sample 0 with 2 and 1 with 3, and so rewards both tables of the easy prompt.
     rewards = [0.1, 0.0, 10.1, 10.0]
-    sample, prompt, _ = one_update(tmp_path, rewards)
-    _, mixed, _ = one_update(tmp_path, rewards, baseline="legacy_mixed")
+    sample, prompt, _ = one_update(rewards)
+    _, mixed, _ = one_update(rewards, baseline="legacy_mixed")
     by_prompt = (prompt.log_prob(sample) - sample.log_prob).detach()
     by_column = (mixed.log_prob(sample) - sample.log_prob).detach()
     assert by_prompt[0] > by_prompt[1] and by_prompt[2] > by_prompt[3]
     assert by_column[2] + by_column[3] > by_column[0] + by_column[1]
 
 
-def test_entropy_and_kl_terms(tmp_path):
+def test_entropy_and_kl_terms():
     equal = [1.0, 1.0, 1.0, 1.0]  # no advantage: only the extra terms act
-    _, still, _ = one_update(tmp_path, equal)
-    _, wider, _ = one_update(tmp_path, equal, entropy_coef=1.0)
+    _, still, _ = one_update(equal)
+    _, wider, _ = one_update(equal, entropy_coef=1.0)
     assert wider.entropy() > still.entropy()
     rewards = [1.0, 0.0, 5.0, 6.0]
-    _, free, _ = one_update(tmp_path, rewards, ppo_epochs=20, clip_range=10.0)
-    _, held, _ = one_update(tmp_path, rewards, ppo_epochs=20, clip_range=10.0, kl_coef=10.0)
+    _, free, _ = one_update(rewards, ppo_epochs=20, clip_range=10.0)
+    _, held, _ = one_update(rewards, ppo_epochs=20, clip_range=10.0, kl_coef=10.0)
     assert held.kl() < 0.5 * free.kl()
 
 
-def test_gradient_limit(tmp_path):
+def test_gradient_limit():
     rewards = [1.0, 0.0, 5.0, 6.0]
-    _, _, free = one_update(tmp_path, rewards, max_grad_norm=None)
-    _, _, held = one_update(tmp_path, rewards, max_grad_norm=1e-3)
+    _, _, free = one_update(rewards, max_grad_norm=None)
+    _, _, held = one_update(rewards, max_grad_norm=1e-3)
     assert free["grad_norm"] == held["grad_norm"] > 1e-3  # what is reported is the norm before the limit
 
 
-def test_minibatches_cover_the_batch_once(tmp_path):
+def test_minibatches_cover_the_batch_once():
     table = SolverTable(positions=[[0.3, 0.6]], weights=[[0.5, 0.5]])
-    config = Config(ppo=PPOConfig(rollout_batch_size=12, rloo_k=4, minibatch_size=3))
     policy = EPDParamPolicy(table, parameterization="direct")
-    trainer = PPOTrainer(config, policy, FixedRunner(None), None, RunDirectory(tmp_path))
+    learner = RDPO(policy, PPOConfig(rollout_batch_size=12, rloo_k=4, minibatch_size=3), seed=0)
     orders = set()
-    for trainer.step in (1, 2):
+    for step in (1, 2):
         for epoch in (0, 1):
-            parts = trainer._minibatches(12, epoch)
+            parts = learner._minibatches(step, epoch, 12)
             assert [len(part) for part in parts] == [3, 3, 3, 3]
             assert sorted(torch.cat(parts).tolist()) == list(range(12))
             orders.add(tuple(torch.cat(parts).tolist()))
@@ -334,11 +365,12 @@ def test_resume_by_name(toy, tmp_path):
 def test_a_resumed_run_knows_the_best_so_far(toy, tmp_path):
     run_toy(toy, "never", [])
     directory = only_run(tmp_path)
-    best = {"step": 2, "reward_mean": 1.0}  # more than the toy can reach
-    save_checkpoint(directory.checkpoint(4), {**final_state(directory), "best": best})
+    unreachable = {"reward": torch.ones(6, dtype=torch.float64), "toy_spread": torch.ones(6, dtype=torch.float64)}
+    guard = {"best_step": 2, "best_scores": unreachable, "consecutive": 0}
+    save_checkpoint(directory.checkpoint(4), {**final_state(directory), "guard": guard})
     kept = directory.best_checkpoint.read_bytes()
     run_toy(toy, str(directory.path), ["ppo.steps=6"])
-    assert final_state(directory)["best"] == best
+    assert final_state(directory)["guard"]["best_step"] == 2
     assert directory.best_checkpoint.read_bytes() == kept
 
 
@@ -352,7 +384,7 @@ def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         run_toy(toy, str(directory.path), ["ppo.steps=5"])
     other = EPDParamPolicy(SolverTable(positions=[[0.2, 0.6]] * 3, weights=[[0.5, 0.5]] * 3))
-    trainer = PPOTrainer(Config(), other, FixedRunner(None), None, directory)
+    trainer = PPOTrainer(Config(), other, None, None, directory)
     with pytest.raises(CheckpointError, match="another start table"):
         trainer.resume(directory.checkpoint(2))
 

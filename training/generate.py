@@ -73,9 +73,14 @@ def generate_batch(net: Denoiser, prompts: list[str], seeds: list[int], sampler:
 
     The noise of an image comes from its seed alone; `sampler(net, x, sigmas, cond)` returns the final state.
     """
+    x, cond = initial_latents(net, prompts, seeds, sigmas)
+    return quantize(net.decode(sampler(net, x, sigmas, cond)))
+
+
+def initial_latents(net: Denoiser, prompts: list[str], seeds: list[int], sigmas: Tensor) -> tuple[Tensor, TextCond]:
+    """The state `[B, C, h, w]` at `sigmas[0]` that each seed stands for, and the condition of the prompts."""
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    x = net.initial_state(noise(seeds, shape).to(net.device), sigmas[0])
-    return quantize(net.decode(sampler(net, x, sigmas, net.encode_prompts(prompts))))
+    return net.initial_state(noise(seeds, shape).to(net.device), sigmas[0]), net.encode_prompts(prompts)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class TextCond:
 class Denoiser(ABC):
     """A frozen text-to-image model seen as the slope of its probability-flow ODE.
 
-    Guidance, precision and memory layout are settled inside; a solver sees nothing but this class.
+    Guidance, precision and memory layout are settled inside; a solver sees nothing but this class. No weight asks for a
+    gradient, but `slope` and `decode` pass gradients on to their inputs.
     """
 
     dataset_name: str  # its key in `create_model`

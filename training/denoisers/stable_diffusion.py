@@ -106,7 +106,6 @@ class StableDiffusion(Denoiser):
         self.calls = self.rows = 0
         self.empty_text = self._embed([""])
 
-    @torch.no_grad()
     def slope(self, x: Tensor, sigma: Tensor, cond: TextCond) -> Tensor:
         """Guided epsilon e_0 + g (e_c - e_0) (Ho & Salimans, arXiv 2207.12598, Eq. 6 with g = 1 + w)."""
         self.calls += 1
@@ -140,7 +139,6 @@ class StableDiffusion(Denoiser):
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return self.text_encoder(tokens.to(self.device)).last_hidden_state
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents.to(torch.float32).contiguous(memory_format=torch.channels_last)
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample

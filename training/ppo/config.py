@@ -53,6 +53,14 @@ class ModelConfig:
 
 
 @dataclass
+class DistillConfig:
+    teacher: str = "ddim"  # solver whose trajectory the start table is fitted to (training.distill)
+    teacher_steps: int = 8  # its intervals within each interval of the table
+    prompts: int = 16  # training prompts, one noise each
+    grid_points: int = 25  # positions tried in every interval
+
+
+@dataclass
 class RewardConfig:
     type: str = "hps"
     weights_path: str | None = None  # null: the reward's usual place
@@ -68,9 +76,22 @@ class PolicyConfig:
 
 
 @dataclass
+class TrainerConfig:
+    # rdpo: PPO with a Dirichlet policy, needs rewards only; pathwise: the reward's gradient through the solver, needs
+    # rewards that can be differentiated
+    algorithm: str = "rdpo"
+
+
+@dataclass
+class PathwiseConfig:
+    learning_rate: float = 0.03  # falls linearly to zero at the last step
+
+
+@dataclass
 class PPOConfig:
     steps: int = 100
-    rollout_batch_size: int = 32  # images per step over all ranks: prompts * rloo_k
+    # images per step over all ranks: prompts * rloo_k; pathwise takes as many prompts, one image each
+    rollout_batch_size: int = 32
     rloo_k: int = 4  # tables per prompt; each is compared with the others of its prompt
     rollout_micro_batch: int | None = None  # images per network batch; null: the rank's whole share
     shared_noise: bool = True  # the tables of a prompt start from the same noise
@@ -85,6 +106,7 @@ class PPOConfig:
     entropy_coef: float = 0.0
     max_grad_norm: float | None = 1.0  # null: no limit
     dirichlet_concentration: float = 20.0  # sum of a row's concentrations at the start; larger explores less
+    concentration_end: float | None = None  # at the last step, reached geometrically; null: stays as it is
     train_scale_dir: bool = False  # false: the start table's values stay as they are
     train_scale_time: bool = False
     scale_std: float = 0.05  # standard deviation of a trained scale's logarithm
@@ -98,6 +120,8 @@ class EvaluationConfig:
     seed: int = 1  # of the evaluation noise: the same at every evaluation and for every run.seed
     metrics: list[str] = field(default_factory=list)  # further rewards, reported beside the trained one
     grid_images: int = 16  # pictures per grid in samples/; 0: none
+    # when the reward rises while the first of `metrics` falls (training.ppo.guard): flag it, or stop
+    on_divergence: str = "flag"
 
 
 @dataclass
@@ -112,9 +136,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    pathwise: PathwiseConfig = field(default_factory=PathwiseConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -123,9 +150,16 @@ CHOICES = {
     # solver_utils owns these names, but needs torch; a test keeps the two in step.
     "model.schedule_type": ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch"),
     "model.precision": ("float32", "float16", "bfloat16"),
+    # `solvers` owns these: every solver that takes no table.
+    "distill.teacher": (
+        *("ddim", "dpm", "dpm2", "heun", "edm"),
+        *("ipndm", "ipndm_v", "deis", "dpmpp", "unipc"),
+    ),
     "policy.parameterization": ("direct", "mlp"),
+    "trainer.algorithm": ("rdpo", "pathwise"),
     "ppo.baseline": ("prompt", "legacy_mixed"),
     "ppo.learning_rate_schedule": ("linear", "constant"),
+    "evaluation.on_divergence": ("flag", "stop"),
 }
 # Owned by training.denoisers and training.ppo.reward_multi, which need torch; a test keeps them in step.
 BACKBONE_NAMES = ("emoji", "ms_coco")
@@ -137,6 +171,9 @@ AT_LEAST = {
     "model.guidance_rate": 0,
     "model.num_steps": 2,
     "model.num_points": 1,
+    "distill.teacher_steps": 1,
+    "distill.prompts": 1,
+    "distill.grid_points": 2,
     "reward.batch_size": 1,
     "policy.hidden_dim": 1,
     "policy.num_layers": 0,
@@ -163,6 +200,8 @@ ABOVE_ZERO = (
     "ppo.clip_range",
     "ppo.max_grad_norm",
     "ppo.dirichlet_concentration",
+    "ppo.concentration_end",
+    "pathwise.learning_rate",
     "ppo.scale_std",
 )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ MIN_SHARE = 1e-6
 # the simplex, the second keeps scales that start at 1 inside (0, 2), which is what the .pkl format can hold.
 LOG_ALPHA_BOUND = 5.0
 LOG_SCALE_BOUND = math.log(2.0)
+# Log-scales move this fraction of what log-concentrations move: a scale changes the length of every step, so equal
+# steps of the optimizer would throw the pictures off long before positions and weights have found their places.
+SCALE_RATE = 0.25
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,16 @@ class PolicyOutput:
     alpha_weight: Tensor  # [M, K] > 0
     log_scale_dir: Tensor  # [M, K] mean of the logarithm
     log_scale_time: Tensor  # [M, K]
+
+
+class TableArrays(NamedTuple):
+    """The numbers of a table, float64 `[..., N-1, K]`, with gradient where the source has one. Solvers take it as they
+    take a `SolverTable`."""
+
+    positions: Tensor
+    weights: Tensor
+    scale_dir: Tensor
+    scale_time: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,15 +64,14 @@ class PolicySample:
     start: SolverTable  # gives `table` its metadata
 
     @property
+    def arrays(self) -> TableArrays:
+        """The numbers of the tables, `[B, N-1, K]`."""
+        return TableArrays(_positions(self.segments), self.weights, self.scale_dir, self.scale_time)
+
+    @property
     def table(self) -> SolverTable:
         """The tables as one `SolverTable` with a leading sample axis."""
-        return replace(
-            self.start,
-            positions=_positions(self.segments),
-            weights=self.weights,
-            scale_dir=self.scale_dir,
-            scale_time=self.scale_time,
-        )
+        return replace(self.start, **self.arrays._asdict())
 
     def select(self, index: Tensor | slice) -> PolicySample:
         """The samples at `index`: an integer tensor `[M]`, or a slice."""
@@ -103,7 +116,8 @@ class EPDParamPolicy(nn.Module):
     """Dirichlet (and log-normal) policy around `table`, whose mean table is `table` until it is trained.
 
     alpha = concentration * (segments, weights) * exp(residual), the residual a function of the step index: a residual
-    MLP on a step embedding ("mlp"), or one number per entry ("direct"). A larger `concentration` explores less. Scales
+    MLP on a step embedding ("mlp"), or one number per entry ("direct"). A larger `concentration` explores less; it can
+    be changed on the way (`set_concentration`), which leaves the mean table as it is. Scales
     whose training is off keep the table's values in every sample; the others are log-normal with standard deviation
     `scale_std` in the logarithm and median exp(mu), which is what `mean_table` reports. `seed` draws the MLP's weights.
     """
@@ -127,6 +141,7 @@ class EPDParamPolicy(nn.Module):
         if parameterization not in ("mlp", "direct"):
             raise ValueError(f"parameterization {parameterization!r} must be mlp or direct")
         self.start = table
+        self.concentration = concentration
         self.scale_std = scale_std
         self.train_scale_dir = train_scale_dir
         self.train_scale_time = train_scale_time
@@ -139,9 +154,12 @@ class EPDParamPolicy(nn.Module):
             else:
                 self.residuals = direct_residuals(rows, sum(self.output_sizes))
         self.double()
-        # Not in the state dict: they follow from the start table, which a run keeps beside its checkpoints.
-        self.register_buffer("start_log_pos", (concentration * _segments(table.positions)).log(), persistent=False)
-        self.register_buffer("start_log_weight", (concentration * table.weights).log(), persistent=False)
+        # Not in the state dict: it follows from the start table, which a run keeps beside its checkpoints.
+        self.register_buffer("start_segments", _segments(table.positions), persistent=False)
+
+    def set_concentration(self, concentration: float) -> None:
+        """Explore with another sum of concentrations (> 0) from now on, around the same mean table."""
+        self.concentration = concentration
 
     def forward(self, step_indices: Tensor) -> PolicyOutput:
         """Distribution parameters of the rows `step_indices`, integers `[M]` in 0..N-2."""
@@ -149,35 +167,51 @@ class EPDParamPolicy(nn.Module):
         log_scale_dir = self.start.scale_dir[step_indices].log()
         log_scale_time = self.start.scale_time[step_indices].log()
         if self.train_scale_dir:
-            log_scale_dir = log_scale_dir + _bounded(scale_dir, LOG_SCALE_BOUND)
+            log_scale_dir = log_scale_dir + _bounded(SCALE_RATE * scale_dir, LOG_SCALE_BOUND)
         if self.train_scale_time:
-            log_scale_time = log_scale_time + _bounded(scale_time, LOG_SCALE_BOUND)
+            log_scale_time = log_scale_time + _bounded(SCALE_RATE * scale_time, LOG_SCALE_BOUND)
+        start_pos, start_weight = self._start_alphas()
         return PolicyOutput(
-            alpha_pos=(self.start_log_pos[step_indices] + _bounded(pos, LOG_ALPHA_BOUND)).exp(),
-            alpha_weight=(self.start_log_weight[step_indices] + _bounded(weight, LOG_ALPHA_BOUND)).exp(),
+            alpha_pos=start_pos[step_indices] * _bounded(pos, LOG_ALPHA_BOUND).exp(),
+            alpha_weight=start_weight[step_indices] * _bounded(weight, LOG_ALPHA_BOUND).exp(),
             log_scale_dir=log_scale_dir,
             log_scale_time=log_scale_time,
         )
+
+    def _start_alphas(self) -> tuple[Tensor, Tensor]:
+        """Concentrations of the untrained policy: `[N-1, K+1]` of the segments, `[N-1, K]` of the weights."""
+        return self.concentration * self.start_segments, self.concentration * self.start.weights
 
     def all_rows(self) -> PolicyOutput:
         """`forward` for the whole table, M = N-1."""
         return self(torch.arange(len(self.start.positions)))
 
-    @torch.no_grad()
-    def mean_table(self) -> SolverTable:
-        """The table of Dirichlet means and log-normal medians."""
+    def mean_arrays(self) -> TableArrays:
+        """Dirichlet means and log-normal medians, `[N-1, K]`, with gradient."""
         output = self.all_rows()
-        return replace(
-            self.start,
+        return TableArrays(
             positions=_positions(output.alpha_pos / output.alpha_pos.sum(-1, keepdim=True)),
             weights=output.alpha_weight / output.alpha_weight.sum(-1, keepdim=True),
             scale_dir=output.log_scale_dir.exp(),
             scale_time=output.log_scale_time.exp(),
         )
 
+    def mean_table(self) -> SolverTable:
+        """The table of `mean_arrays`, without gradient."""
+        return replace(self.start, **self.mean_arrays()._asdict())
+
     def sample_table(self, batch: int, seed: int) -> PolicySample:
         """Draw `batch` tables; sample b depends on the policy, `seed` and b alone."""
         return self.sample_tables([derive_seed(seed, "table", index) for index in range(batch)])
+
+    @torch.no_grad()
+    def mean_sample(self, batch: int) -> PolicySample:
+        """The mean table `batch` times, as if it had been drawn."""
+        output, arrays = self.all_rows(), self.mean_arrays()
+        segments = output.alpha_pos / output.alpha_pos.sum(-1, keepdim=True)
+        parts = segments, arrays.weights, arrays.scale_dir, arrays.scale_time
+        sample = PolicySample(*(part.expand(batch, -1, -1) for part in parts), torch.zeros(batch), self.start)
+        return replace(sample, log_prob=self.log_prob(sample))
 
     @torch.no_grad()
     def sample_tables(self, seeds: Sequence[int]) -> PolicySample:
@@ -206,12 +240,16 @@ class EPDParamPolicy(nn.Module):
         Densities are with respect to Lebesgue measure on the first K segments, the first K-1 weights and, where
         trained, the scales themselves.
         """
+        return self.log_prob_rows(sample).sum(-1)
+
+    def log_prob_rows(self, sample: PolicySample) -> Tensor:
+        """The parts `[B, N-1]` of `log_prob` that belong to each row; rows are independent."""
         output = self.all_rows()
-        total = _dirichlet_distribution(output.alpha_pos).log_prob(sample.segments).sum(-1)
-        total = total + _dirichlet_distribution(output.alpha_weight).log_prob(sample.weights).sum(-1)
+        total = _dirichlet_distribution(output.alpha_pos).log_prob(sample.segments)
+        total = total + _dirichlet_distribution(output.alpha_weight).log_prob(sample.weights)
         for mean, scale in self._trained_scales(output, sample.scale_dir, sample.scale_time):
             log_scale = scale.log()
-            total = total + (Normal(mean, self.scale_std).log_prob(log_scale) - log_scale).sum((-2, -1))
+            total = total + (Normal(mean, self.scale_std).log_prob(log_scale) - log_scale).sum(-1)
         return total
 
     def entropy(self) -> Tensor:
@@ -224,13 +262,11 @@ class EPDParamPolicy(nn.Module):
         return total
 
     def kl(self) -> Tensor:
-        """KL(this policy || the start policy): a scalar, summed over rows, with gradient."""
+        """KL(this policy || the start policy of the same concentration): a scalar, summed over rows, with gradient."""
         output = self.all_rows()
         total = torch.zeros((), dtype=torch.float64)
-        for alpha, start in (
-            (output.alpha_pos, self.start_log_pos.exp()),
-            (output.alpha_weight, self.start_log_weight.exp()),
-        ):
+        start_pos, start_weight = self._start_alphas()
+        for alpha, start in ((output.alpha_pos, start_pos), (output.alpha_weight, start_weight)):
             total = total + kl_divergence(_dirichlet_distribution(alpha), _dirichlet_distribution(start)).sum()
         for mean, start in self._trained_scales(output, self.start.scale_dir.log(), self.start.scale_time.log()):
             total = total + ((mean - start) ** 2).sum() / (2 * self.scale_std**2)

@@ -1,4 +1,4 @@
-"""The PPO loop: roll out, update, evaluate, report, save."""
+"""The training loop: roll out, update, evaluate, report, save."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torch_utils import distributed
 from torch_utils.checkpoint import save_checkpoint
-from torch_utils.seeds import derive_seed, generator
 from training.ppo.config import Config, flatten
 from training.ppo.evaluation import MeanTableEvaluator
+from training.ppo.guard import HackingGuard
 from training.ppo.interrupt import StopRequest
-from training.ppo.losses import advantages, clipped_surrogate, group_std, legacy_mixed_groups, ratio_statistics
+from training.ppo.learner import Learner
+from training.ppo.losses import group_std
+from training.ppo.pathwise import Pathwise
 from training.ppo.policy import EPDParamPolicy
+from training.ppo.rdpo import RDPO
 from training.ppo.reporting import Reporter
 from training.ppo.rl_runner import EPDRolloutRunner, Rollout
 from training.ppo.run_dir import RunDirectory, restore_policy
+
+STOP_AFTER = 2  # diverging evaluations in a row, where evaluation.on_divergence is stop
+
+
+def create_learner(config: Config, policy: EPDParamPolicy) -> Learner:
+    """The algorithm of `trainer.algorithm`."""
+    if config.trainer.algorithm == "pathwise":
+        return Pathwise(policy, config.ppo, config.pathwise)
+    return RDPO(policy, config.ppo, config.run.seed)
 
 
 class PPOTrainer:
@@ -42,15 +53,20 @@ class PPOTrainer:
         """`evaluator` None: no evaluation, and no policy-best.pt."""
         self.config = config
         self.policy = policy
+        self.learner = create_learner(config, policy)
         self.runner = runner
         self.evaluator = evaluator
+        # By the names of the rewards themselves, which differ from the configuration's for HPSv2.
+        judged = [] if evaluator is None else [reward.name for reward in evaluator.scorer.rewards]
+        self.guard = HackingGuard("".join(judged[:1]), judged[1:])
         self.directory = directory
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=config.ppo.learning_rate)
         self.step = 0
-        self.best: dict[str, Any] | None = None  # step and reward_mean of the best evaluation
 
     def train(self, stop: StopRequest) -> int:
-        """Run to `ppo.steps`, or to the end of the step in which a signal came. Returns the signal's number, or 0."""
+        """Run to `ppo.steps`, to the end of the step in which a signal came, or until the reward is being exploited.
+
+        Returns the signal's number, or 0.
+        """
         reporter = None
         if distributed.is_main():
             reporter = Reporter(self.directory, self.config.logging, self.config.ppo.steps, self.step)
@@ -58,7 +74,7 @@ class PPOTrainer:
             if self.step == 0 and self.evaluator is not None:
                 self._evaluate(reporter)
             signum = 0
-            while self.step < self.config.ppo.steps and not signum:
+            while self.step < self.config.ppo.steps and not signum and not self._must_stop():
                 signum = self._train_step(reporter, stop)
         finally:
             if reporter is not None:
@@ -68,9 +84,10 @@ class PPOTrainer:
     def _train_step(self, reporter: Reporter | None, stop: StopRequest) -> int:
         self.step += 1
         started = time.perf_counter()
-        rollout = self.runner.rollout(self.policy, self.step)
+        draw = self.learner.draw(self.runner, self.step)
+        rollout = self.runner.rollout(draw, self.learner.needs_gradients)
         rolled_out = time.perf_counter()
-        metrics = {"step": self.step, **self._describe(rollout), **self.update(rollout)}
+        metrics = {"step": self.step, **self._describe(rollout), **self.learner.update(self.step, rollout)}
         seconds = time.perf_counter() - started
         metrics |= {
             "images": self.step * len(rollout.rewards),
@@ -83,66 +100,18 @@ class PPOTrainer:
         signum = self._agree(stop.signum)
         last = self.step == self.config.ppo.steps
         if self.evaluator is not None and (last or self.step % self.config.evaluation.interval == 0):
-            metrics |= {f"eval_{key}": value for key, value in self._evaluate(reporter).items() if "_mean" in key}
+            record = self._evaluate(reporter)
+            metrics |= {f"eval_{key}": value for key, value in record.items() if "_mean" in key or key == "diverging"}
         # The line comes before the checkpoint: after a crash between the two it is dropped and written again.
         if reporter is not None:
             reporter.log_step(metrics)
-        if last or signum or self.step % self.config.logging.save_interval == 0:
+        if last or signum or self._must_stop() or self.step % self.config.logging.save_interval == 0:
             self._save(self.directory.checkpoint(self.step))
         return signum
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
-        """Optimise the policy on a rollout; returns statistics, ratios and KL as they are after the last update."""
-        ppo = self.config.ppo
-        groups = rollout.group_ids
-        if ppo.baseline == "legacy_mixed":
-            groups = legacy_mixed_groups(len(groups), ppo.rloo_k)
-        gains = advantages(rollout.rewards, groups, ppo.normalize_advantages)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self._learning_rate()
-        losses, norms = [], []
-        for epoch in range(ppo.ppo_epochs):
-            for index in self._minibatches(len(gains), epoch):
-                loss, norm = self._optimize(rollout, gains, index)
-                losses.append(loss)
-                norms.append(norm)
-        with torch.no_grad():
-            ratios = ratio_statistics(self.policy.log_prob(rollout.sample), rollout.sample.log_prob, ppo.clip_range)
-            return {
-                "kl": self.policy.kl().item(),
-                "approx_kl": ratios.approx_kl,
-                "clip_fraction": ratios.clip_fraction,
-                "ratio_mean": ratios.ratio_mean,
-                "ratio_max": ratios.ratio_max,
-                "entropy": self.policy.entropy().item(),
-                "learning_rate": self._learning_rate(),
-                "loss": sum(losses) / len(losses),
-                "grad_norm": sum(norms) / len(norms),
-            }
-
-    def _learning_rate(self) -> float:
-        """Of the present step. A linear fall lets the mean table settle: the last steps average out their noise."""
-        ppo = self.config.ppo
-        left = 1 - (self.step - 1) / ppo.steps
-        return ppo.learning_rate * (left if ppo.learning_rate_schedule == "linear" else 1.0)
-
-    def _minibatches(self, count: int, epoch: int) -> list[Tensor]:
-        size = self.config.ppo.minibatch_size or count
-        random = generator(derive_seed(self.config.run.seed, "minibatch", self.step, epoch))
-        return list(torch.randperm(count, generator=random).split(size))
-
-    def _optimize(self, rollout: Rollout, gains: Tensor, index: Tensor) -> tuple[float, float]:
-        """One optimizer step on the samples `index`; returns the loss and the gradient's norm before clipping."""
-        ppo = self.config.ppo
-        sample = rollout.sample.select(index)
-        loss = clipped_surrogate(self.policy.log_prob(sample), sample.log_prob, gains[index], ppo.clip_range)
-        loss = loss + ppo.kl_coef * self.policy.kl() - ppo.entropy_coef * self.policy.entropy()
-        self.optimizer.zero_grad()
-        loss.backward()
-        limit = float("inf") if ppo.max_grad_norm is None else ppo.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit, error_if_nonfinite=True)
-        self.optimizer.step()
-        return loss.item(), norm.item()
+    def _must_stop(self) -> bool:
+        """Whether the reward is being exploited and the configuration says to end the run then."""
+        return self.config.evaluation.on_divergence == "stop" and self.guard.consecutive >= STOP_AFTER
 
     def _describe(self, rollout: Rollout) -> dict[str, float]:
         rewards = rollout.rewards
@@ -151,7 +120,7 @@ class PPOTrainer:
             "reward_std": rewards.std(correction=0).item(),
             "reward_min": rewards.amin().item(),
             "reward_max": rewards.amax().item(),
-            "reward_group_std": group_std(rewards, rollout.group_ids).item(),
+            "reward_group_std": group_std(rewards, rollout.draw.group_ids).item(),
         }
 
     def _agree(self, signum: int) -> int:
@@ -169,17 +138,20 @@ class PPOTrainer:
         """Judge the mean table, keep it if it is the best so far, and return the record."""
         started = time.perf_counter()
         evaluation = self.evaluator.evaluate(self.policy.mean_table())
+        verdict = self.guard.judge(self.step, evaluation.scores)
         record = {
             "step": self.step,
             "images": self.step * self.config.ppo.rollout_batch_size,
             "prompts": len(evaluation.scores["reward"]),
             **{f"{name}_mean": scores.mean().item() for name, scores in evaluation.scores.items()},
+            "diverging": verdict.diverging,
             "seconds": time.perf_counter() - started,
         }
         if reporter is not None:
             reporter.log_evaluation(record, evaluation.images)
-        if self.best is None or record["reward_mean"] > self.best["reward_mean"]:
-            self.best = {"step": self.step, "reward_mean": record["reward_mean"]}
+            if verdict.message is not None:
+                reporter.progress.message(verdict.message)
+        if verdict.is_best:
             self._save(self.directory.best_checkpoint)
         return record
 
@@ -188,8 +160,8 @@ class PPOTrainer:
             state = {
                 "step": self.step,
                 "policy": self.policy.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "best": self.best,
+                "optimizer": self.learner.optimizer.state_dict(),
+                "guard": self.guard.state(),
                 "start_table_sha256": self.policy.start.sha256(),
                 "config": flatten(self.config),
             }
@@ -198,6 +170,6 @@ class PPOTrainer:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint: every draw is derived from the step, so nothing else need be restored."""
         state = restore_policy(self.policy, path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.best = state["best"]
+        self.guard.restore(state["guard"])

@@ -32,7 +32,8 @@ class Reward(Protocol):
         """Raw scores, float32 `[N]` on the images' device.
 
         `images` are float `[N, 3, H, W]` in [0, 1], already quantised (`images.quantize`); `prompts` are N strings.
-        Row n depends on image n and prompt n alone; an image with NaN scores NaN.
+        Row n depends on image n and prompt n alone; an image with NaN scores NaN. Where the images ask for gradients,
+        the scores have them.
         Raises `ValueError` for other shapes, dtypes or ranges.
         """
 

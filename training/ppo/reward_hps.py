@@ -80,7 +80,6 @@ class RewardHPS:
         self.preprocessing = f"longest-side-bicubic-antialias-pad-{self.image_size}"
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Reward.score`; usual values on Stable Diffusion v1.5 are 0.20 to 0.30."""
         check_inputs(images, prompts)

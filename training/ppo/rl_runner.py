@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from solvers import epd_sampler
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.seeds import derive_seed, generator
-from training.denoisers.base import Denoiser
-from training.generate import generate_batch, table_schedule
+from training.denoisers.base import Denoiser, TextCond
+from training.generate import generate_batch, initial_latents, table_schedule
+from training.images import quantize
 from training.ppo.config import PPOConfig
-from training.ppo.policy import EPDParamPolicy, PolicySample
+from training.ppo.policy import EPDParamPolicy, PolicySample, TableArrays
 from training.ppo.reward_base import Reward
 from training.table import SolverTable
 
@@ -27,15 +29,24 @@ class RolloutError(UserError):
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """The samples of one step, of all ranks and the same on every rank: CPU tensors, N = prompts * rloo_k."""
+class Draw:
+    """What one step asks for, of all ranks and the same on every rank; N images."""
 
     sample: PolicySample  # N tables
     prompts: list[str]  # N
+    noise_seeds: list[int]  # N
     group_ids: Tensor  # [N] int64: samples with equal ids share a prompt
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A draw and what came of it, the same on every rank: CPU tensors."""
+
+    draw: Draw
     rewards: Tensor  # [N] float64, raw
-    seconds_generation: float  # of this rank's share
-    seconds_reward: float
+    gradients: TableArrays | None = None  # [N, N-1, K] float64: of each reward to its table's numbers, where asked for
+    seconds_generation: float = 0.0  # of this rank's share
+    seconds_reward: float = 0.0
 
 
 class PromptOrder:
@@ -59,6 +70,16 @@ class PromptOrder:
         return taken
 
 
+class _Recomputed:
+    """`net` whose calls keep no activations: the backward pass computes them again (and counts the calls again)."""
+
+    def __init__(self, net: Denoiser):
+        self.net, self.is_flow = net, net.is_flow
+
+    def slope(self, x: Tensor, sigma: Tensor, cond: TextCond) -> Tensor:
+        return checkpoint(self.net.slope, x, sigma, cond, use_reentrant=False)
+
+
 class ImageScorer:
     """Makes images with an EPD table and scores them, `micro_batch` images at a time (None: all at once)."""
 
@@ -73,7 +94,7 @@ class ImageScorer:
         self.seconds_reward = 0.0
 
     @torch.no_grad()
-    def images(self, table: SolverTable, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def images(self, table: SolverTable | TableArrays, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Quantised images `[B, 3, H, W]` in [0, 1] on the net's device; `table` has B samples, or no sample axis."""
         started = time.perf_counter()
         sampler = functools.partial(epd_sampler, table=table, afs=self.afs)
@@ -88,10 +109,34 @@ class ImageScorer:
         started = time.perf_counter()
         scores = torch.stack([reward.score(images, list(prompts)).cpu().double() for reward in self.rewards], dim=1)
         self.seconds_reward += time.perf_counter() - started
-        for row, column in (~torch.isfinite(scores)).nonzero().tolist():
-            name, value = self.rewards[column].name, scores[row, column].item()
-            raise RolloutError(f"{name} gave {value} for the prompt {prompts[row]!r}; the image or the weights are bad")
+        for column, reward in enumerate(self.rewards):
+            _check_finite(scores[:, column], reward, prompts)
         return scores
+
+    def gradients(
+        self, arrays: TableArrays, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> tuple[Tensor, TableArrays]:
+        """Scores `[B]` of the first reward and their gradients `[B, N-1, K]` to the numbers of the B tables `arrays`.
+
+        Both float64 on the CPU. The scores are those of `images` and `scores`; the gradient takes the rounding to
+        8 bits as the identity. Memory is that of one network call beside the states: activations are computed twice.
+        """
+        started = time.perf_counter()
+        leaves = [part.detach().clone().requires_grad_() for part in arrays]
+        sampler = functools.partial(epd_sampler, table=TableArrays(*leaves), afs=self.afs)
+        x, cond = initial_latents(self.net, list(prompts), list(seeds), self.sigmas)
+        latents = sampler(_Recomputed(self.net), x, self.sigmas, cond)
+        scores = checkpoint(self._judge, latents, list(prompts), use_reentrant=False)
+        gradients = torch.autograd.grad(scores.sum(), leaves)
+        scores = scores.detach().cpu().double()
+        _check_finite(scores, self.rewards[0], prompts)
+        self.seconds_generation += time.perf_counter() - started
+        return scores, TableArrays(*gradients)
+
+    def _judge(self, latents: Tensor, prompts: list[str]) -> Tensor:
+        images = self.net.decode(latents)
+        smooth = ((images + 1) / 2).clamp(0, 1)
+        return self.rewards[0].score(smooth + (quantize(images.detach()) - smooth).detach(), prompts)
 
     def batches(self, indices: range) -> list[range]:
         """`indices` cut into micro-batches."""
@@ -99,11 +144,18 @@ class ImageScorer:
         return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
+def _check_finite(scores: Tensor, reward: Reward, prompts: Sequence[str]) -> None:
+    """Raise `RolloutError` for the first of `scores [B]` that is not a number."""
+    for row in (~torch.isfinite(scores)).nonzero().flatten().tolist():
+        value, prompt = scores[row].item(), prompts[row]
+        raise RolloutError(f"{reward.name} gave {value} for the prompt {prompt!r}; the image or the weights are bad")
+
+
 class EPDRolloutRunner:
-    """Draws P prompts x k tables, makes their images, and scores them; the ranks share out the samples.
+    """Draws tables, prompts and noises, makes the images and scores them; the ranks share out the samples.
 
     Every draw has a seed derived from (run seed, purpose, step, prompt index, sample index). Each rank draws all
-    tables, which costs nothing, and makes its part of the images; only rewards travel between ranks.
+    tables, which costs nothing, and makes its part of the images; only rewards and gradients travel between ranks.
     """
 
     def __init__(
@@ -118,30 +170,53 @@ class EPDRolloutRunner:
         """`start` is the table the policy starts from, `seed` the run's."""
         self.scorer = ImageScorer(net, [reward], start, ppo.rollout_micro_batch)
         self.order = PromptOrder(prompts, seed)
+        self.batch_size = ppo.rollout_batch_size
         self.group_size = ppo.rloo_k
-        self.num_prompts = ppo.rollout_batch_size // ppo.rloo_k
         self.shared_noise = ppo.shared_noise
         self.seed = seed
 
-    def rollout(self, policy: EPDParamPolicy, step: int) -> Rollout:
-        """The samples of step `step` >= 1 under `policy`. Raises `RolloutError` for a reward that is not finite."""
-        places = [(p, j) for p in range(self.num_prompts) for j in range(self.group_size)]
-        prompts = [prompt for prompt in self.order.take(step, self.num_prompts) for _ in range(self.group_size)]
+    def draw(self, policy: EPDParamPolicy, step: int) -> Draw:
+        """P prompts x k sampled tables for step `step` >= 1."""
+        num_prompts = self.batch_size // self.group_size
+        places = [(p, j) for p in range(num_prompts) for j in range(self.group_size)]
+        prompts = self.order.take(step, num_prompts)
         sample = policy.sample_tables([derive_seed(self.seed, "table", step, p, j) for p, j in places])
         noise_places = [(p, 0) for p, _ in places] if self.shared_noise else places
-        noise_seeds = [derive_seed(self.seed, "noise", step, p, j) for p, j in noise_places]
-
-        self.scorer.seconds_generation = self.scorer.seconds_reward = 0.0
-        rewards = []
-        for batch in self.scorer.batches(distributed.shard(len(places))):
-            rows = slice(batch.start, batch.stop)
-            images = self.scorer.images(sample.select(rows).table, prompts[rows], noise_seeds[rows])
-            rewards.append(self.scorer.scores(images, prompts[rows])[:, 0])
-        return Rollout(
+        return Draw(
             sample=sample,
-            prompts=prompts,
+            prompts=[prompts[p] for p, _ in places],
+            noise_seeds=[derive_seed(self.seed, "noise", step, p, j) for p, j in noise_places],
             group_ids=torch.tensor([p for p, _ in places]),
+        )
+
+    def draw_mean(self, policy: EPDParamPolicy, step: int) -> Draw:
+        """As many prompts as images, each with the mean table, for step `step` >= 1."""
+        return Draw(
+            sample=policy.mean_sample(self.batch_size),
+            prompts=self.order.take(step, self.batch_size),
+            noise_seeds=[derive_seed(self.seed, "noise", step, p, 0) for p in range(self.batch_size)],
+            group_ids=torch.arange(self.batch_size),
+        )
+
+    def rollout(self, draw: Draw, with_gradients: bool = False) -> Rollout:
+        """The images and rewards of a draw. Raises `RolloutError` for a reward that is not finite."""
+        scorer = self.scorer
+        scorer.seconds_generation = scorer.seconds_reward = 0.0
+        rewards, gradients = [], []
+        for batch in scorer.batches(distributed.shard(len(draw.prompts))):
+            rows = slice(batch.start, batch.stop)
+            tables, prompts, seeds = draw.sample.select(rows).arrays, draw.prompts[rows], draw.noise_seeds[rows]
+            if with_gradients:
+                scores, parts = scorer.gradients(tables, prompts, seeds)
+                rewards.append(scores)
+                gradients.append(torch.stack(parts, dim=1))
+            else:
+                rewards.append(scorer.scores(scorer.images(tables, prompts, seeds), prompts)[:, 0])
+        whole = distributed.all_gather(torch.cat(gradients)) if with_gradients else None
+        return Rollout(
+            draw=draw,
             rewards=distributed.all_gather(torch.cat(rewards)),
-            seconds_generation=self.scorer.seconds_generation,
-            seconds_reward=self.scorer.seconds_reward,
+            gradients=None if whole is None else TableArrays(*whole.unbind(1)),
+            seconds_generation=scorer.seconds_generation,
+            seconds_reward=scorer.seconds_reward,
         )

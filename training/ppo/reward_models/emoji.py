@@ -71,7 +71,6 @@ class RewardEmoji:
         self.mean = torch.tensor(pixels["image_mean"], device=self.device).view(3, 1, 1)
         self.std = torch.tensor(pixels["image_std"], device=self.device).view(3, 1, 1)
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Reward.score`; images of another size, square or not, are resized to the model's square."""
         check_inputs(images, prompts)

@@ -1,0 +1,433 @@
+"""Fit a solver table to the trajectory of a fine teacher, with no reward: `python -m training.distill`.
+
+Interval by interval, positions are searched on a grid and weights follow in closed form: the K slopes whose weighted
+mean leads from the student's own state closest to the teacher's next one. The student then makes that step itself, so
+that later intervals correct the errors of earlier ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from torch_utils.errors import UserError, user_errors
+from training.ppo.config import Config, DistillConfig, check_files, check_names, load_config, to_yaml
+
+# Heavy modules are imported where they are used: --help and --dry-run answer without torch.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from training.denoisers.base import Denoiser, TextCond
+    from training.generate import SamplingPlan
+    from training.solver_table import SolverTable
+
+Progress = Callable[[int, int], None]  # (network rows so far, rows in all)
+
+FORMATS = (".safetensors", ".json", ".pkl")  # training.table owns these, but needs torch
+FIRST_POSITION, LAST_POSITION = 0.02, 0.98  # of the grid: nearer to a node, points can hardly be told apart
+MIN_WEIGHT = 0.03  # a point with less is hardly used, and leaves PPO at the edge of the simplex
+MAX_SUBSETS = 20_000  # of grid positions that are tried in an interval
+MAX_ROWS = 64  # of a network call
+RIDGE = 1e-12  # a squared relative error that counts as none: keeps systems regular where slopes coincide
+SHOW_AFTER, SHOW_EVERY = 3.0, 10.0  # seconds, of the progress display
+
+
+class DistillError(UserError):
+    """A distillation that cannot be done as asked."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A fitted table and how well it follows the teacher, by interval."""
+
+    table: SolverTable  # metadata of the start table
+    errors: list[float]  # [N-1]: distance to the teacher's state after the step / before it, rms over the images
+    kept: list[int]  # intervals that keep the start table's row: no choice of positions had weights >= MIN_WEIGHT
+
+
+def distill(
+    net: Denoiser,
+    start: SolverTable,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    options: DistillConfig,
+    progress: Progress | None = None,
+    max_rows: int = MAX_ROWS,
+) -> Distilled:
+    """Fit a table under the conditions and in the shape of `start`, which is a table for `epd`, to a teacher.
+
+    One image per (prompt, seed). `max_rows` limits the rows of a network call, for the same result up to rounding. In
+    memory are the teacher's states at the N nodes, `[N, B, C, H, W]` (12 MB for 16 images of Stable Diffusion v1.5 and
+    10 intervals), and some `max_rows` states more. Raises `UserError` subclasses before the first network call, and
+    `DistillError` where the model or the teacher leaves the finite numbers.
+    """
+    import torch
+
+    from solver_utils import check_nodes
+    from solvers import SOLVERS, epd_sampler
+    from torch_utils.seeds import noise
+    from training.generate import table_schedule
+    from training.solver_table import ARRAYS, SolverTable
+
+    plan = teacher_plan(start, options)
+    grid = grid_positions(options.grid_points, start.num_points)
+    nodes = table_schedule(start, net)
+    check_nodes("epd", nodes, net.is_flow, start.afs)
+    fine = teacher_nodes(plan, nodes, net)
+    watched = _Watched(net, progress, len(prompts) * rows_per_image(plan, start, len(grid)))
+
+    rows, errors, kept = [], [], []
+    with torch.no_grad():
+        cond = net.encode_prompts(list(prompts))
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        x = net.initial_state(noise(seeds, shape).to(net.device), nodes[0])
+        states = teacher_states(SOLVERS[plan.solver], watched, x, fine, options.teacher_steps, cond, max_rows)
+        x = states[0]
+        for i, target in enumerate(states[1:]):
+            interval, afs = nodes[i : i + 2], start.afs and i == 0
+            gram = residual_gram(watched, x, target, interval, cond, grid, afs, max_rows)
+            if not gram.isfinite().all():
+                raise DistillError(f"interval {i + 1}: the states of model or teacher are no finite numbers")
+            found = best_row(gram, start.num_points)
+            if found is None:
+                kept.append(i)
+                row = SolverTable(*(getattr(start, name)[i : i + 1] for name in ARRAYS))
+            else:
+                chosen, weights = found
+                row = SolverTable(grid[chosen][None], weights[None])
+            reached = epd_sampler(watched, x, interval, cond, table=row, max_rows=max_rows, afs=afs)
+            rows.append(row)
+            errors.append(_relative_distance(reached, x, target))
+            x = reached
+    arrays = {name: torch.cat([getattr(row, name) for row in rows]) for name in ARRAYS}
+    return Distilled(replace(start, **arrays), errors, kept)
+
+
+def teacher_plan(start: SolverTable, options: DistillConfig) -> SamplingPlan:
+    """The teacher as a plan: `options.teacher_steps` times the intervals of `start` on its schedule, without AFS.
+
+    Raises `DistillError` for a solver that is unknown or needs a table itself.
+    """
+    from solver_utils import SOLVER_OPTIONS
+    from training.generate import SamplingPlan
+
+    teachers = [name for name, accepted in SOLVER_OPTIONS.items() if "table" not in accepted]
+    if options.teacher not in teachers:
+        raise DistillError(f"distill.teacher={options.teacher} must be one of: {', '.join(teachers)}")
+    plan = SamplingPlan.of_table(start, model_path=None, precision="float32")
+    num_steps = (start.num_steps - 1) * options.teacher_steps + 1
+    return replace(plan, solver=options.teacher, options={}, table=None, num_steps=num_steps, afs=False)
+
+
+def grid_positions(grid_points: int, num_points: int) -> Tensor:
+    """Candidate positions `[G]`, float64, equally spaced: `grid_points` of them, or as many as MAX_SUBSETS allows.
+
+    25 stay 25 for up to 4 points in an interval; 5 points leave 20, 6 leave 18, 8 leave 16. Raises `DistillError` for
+    fewer positions than points.
+    """
+    import torch
+
+    if grid_points < num_points:
+        raise DistillError(f"distill.grid_points={grid_points} must be at least the {num_points} points of the table")
+    while math.comb(grid_points, num_points) > MAX_SUBSETS:
+        grid_points -= 1
+    return torch.linspace(FIRST_POSITION, LAST_POSITION, grid_points, dtype=torch.float64)
+
+
+def teacher_nodes(plan: SamplingPlan, nodes: Tensor, net: Denoiser) -> Tensor:
+    """The teacher's nodes, float64 `[(N-1) * teacher_steps + 1]`, the table's `nodes [N]` among them bit for bit.
+
+    Every type of schedule is a function of i / (N-1), so that a multiple of N-1 intervals has the same nodes.
+    """
+    import torch
+
+    fine = plan.sigmas(net)
+    every = (len(fine) - 1) // (len(nodes) - 1)
+    if not torch.allclose(fine[::every], nodes, rtol=1e-6, atol=0):
+        raise DistillError(f"schedule {plan.schedule_type}: its {len(nodes)} nodes are not among its {len(fine)}")
+    fine[::every] = nodes
+    return fine
+
+
+def rows_per_image(plan: SamplingPlan, start: SolverTable, grid_points: int) -> int:
+    """Rows through the network that `distill` spends on an image."""
+    # The slope at the node is taken twice, for the grid and for the step; AFS saves both in the first interval.
+    student = (start.num_steps - 1) * (2 + grid_points + start.num_points) - 2 * start.afs
+    return plan.nfe().nfe + student
+
+
+class _Watched:
+    """`net` as solvers see it, reporting the rows that went through it."""
+
+    def __init__(self, net: Denoiser, progress: Progress | None, total: int):
+        self.net, self.progress, self.total, self.done = net, progress, total, 0
+        self.is_flow = net.is_flow
+
+    def slope(self, x: Tensor, sigma: Tensor, cond: TextCond) -> Tensor:
+        slope = self.net.slope(x, sigma, cond)
+        self.done += len(x)
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        return slope
+
+    def sigma_inv(self, sigma: Tensor) -> Tensor:
+        return self.net.sigma_inv(sigma)
+
+
+def teacher_states(
+    solver: Callable[..., Tensor], net: Denoiser, x: Tensor, fine: Tensor, every: int, cond: TextCond, max_rows: int
+) -> list[Tensor]:
+    """The states `[B, C, H, W]` that `solver` passes at every `every`-th node, the first included, from x at node 0."""
+    import torch
+
+    parts = []
+    for rows in _parts(len(x), max_rows):
+        passed = []
+        solver(net, x[rows], fine, cond[rows], callback=lambda i, state, sigma, passed=passed: passed.append(state))
+        parts.append(passed[::every])
+    return [torch.cat(states) for states in zip(*parts, strict=True)]
+
+
+def residual_gram(
+    net: Denoiser,
+    x: Tensor,
+    target: Tensor,
+    interval: Tensor,
+    cond: TextCond,
+    grid: Tensor,
+    afs: bool,
+    max_rows: int,
+) -> Tensor:
+    """Gram matrix `[G, G]` (float64, CPU) of the residuals of one slope each: w^T gram w is the squared error of w.
+
+    The residual of position r is E_r = D_r - T: D_r the slope at that point of `interval` (two nodes), reached from
+    `x [B, C, H, W]`, and T the slope that leads from x to `target`. Each image is divided by its norm of T, so that
+    none dominates; entries are means over images. Weights with sum 1 have the residual sum_r w_r E_r.
+    """
+    import torch
+
+    from solvers import epd_slopes
+    from training.solver_table import SolverTable
+
+    candidates = SolverTable(grid[None], torch.full_like(grid, 1 / len(grid))[None])
+    t, u = interval
+    gram = torch.zeros(len(grid), len(grid), dtype=torch.float64, device=x.device)
+    for rows in _parts(len(x), max(1, max_rows // len(grid))):
+        slopes = epd_slopes(net, x[rows], interval, cond[rows], table=candidates, max_rows=max_rows, afs=afs)
+        wanted = (target[rows].double() - x[rows].double()) / (u - t)
+        residual = slopes.double().flatten(2) - wanted.flatten(1)[:, None]  # [b, G, CHW]
+        residual = residual / wanted.flatten(1).norm(dim=1)[:, None, None]
+        stacked = residual.transpose(0, 1).flatten(1)  # [G, b*CHW]
+        gram += stacked @ stacked.T / len(x)
+    return gram.cpu()
+
+
+def best_row(gram: Tensor, num_points: int) -> tuple[Tensor, Tensor] | None:
+    """The K positions and weights of least w^T gram w, sum 1 and no weight below MIN_WEIGHT: indices and weights `[K]`.
+
+    For each choice of positions the best weights with sum 1 are gram^-1 1 / (1^T gram^-1 1); a choice that would need
+    a smaller weight is passed over, and with none left there is no row: None.
+    """
+    import torch
+
+    subsets = torch.tensor(list(itertools.combinations(range(len(gram)), num_points)))  # [S, K]
+    grams = gram[subsets[:, :, None], subsets[:, None, :]]  # [S, K, K]
+    ridge = RIDGE * max(1.0, gram.diagonal().max().item()) * torch.eye(num_points, dtype=gram.dtype)
+    weights = torch.linalg.solve(grams + ridge, torch.ones(len(subsets), num_points, 1, dtype=gram.dtype))
+    weights = weights / weights.sum(1, keepdim=True)
+    errors = (weights * (grams @ weights)).sum((1, 2))
+    errors[~(weights >= MIN_WEIGHT).all(1).squeeze(1)] = math.inf
+    best = errors.argmin()
+    return None if errors[best] == math.inf else (subsets[best], weights[best, :, 0])
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, count, size)]
+
+
+def _relative_distance(reached: Tensor, x: Tensor, target: Tensor) -> float:
+    """|reached - target| / |x - target|, rms over images `[B, C, H, W]`."""
+    after, before = ((state.double() - target.double()).flatten(1).norm(dim=1) for state in (reached, x))
+    return (after / before).square().mean().sqrt().item()
+
+
+# ----------------------------------------------------------------------------
+# The command.
+
+
+class ProgressDisplay:
+    """A bar on a terminal, plain lines elsewhere, on stderr; nothing for what is over in SHOW_AFTER seconds."""
+
+    def __init__(self):
+        self.started = time.perf_counter()
+        self.next = SHOW_AFTER
+        self.bar = None
+
+    def __call__(self, done: int, total: int) -> None:
+        elapsed = time.perf_counter() - self.started
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+        elif elapsed >= self.next and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit="row", desc="distill", file=sys.stderr)
+        elif elapsed >= self.next:
+            self.next = elapsed + SHOW_EVERY
+            left = int(elapsed / done * (total - done))
+            clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            print(f"{done} of {total} network rows, {clock} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def distill_config(config: Config, output: Path | None, device: str) -> Path:
+    """Check everything, load the backbone, distill, write; returns the table's path (`output`, or `default_output`).
+
+    `device` is auto, cpu or cuda. Raises `UserError` subclasses before the backbone loads, where that can be known.
+    """
+    from torch_utils import distributed
+    from torch_utils.seeds import derive_seed
+    from training.generate import SamplingPlan
+    from training.ppo.inputs import start_table
+    from training.table import save_table
+
+    distributed.init(device)
+    try:
+        if distributed.world_size() > 1:
+            raise DistillError("distillation runs in one process: start it with python, not with torchrun")
+        model, options = config.model, config.distill
+        start = start_table(config)
+        path = default_output(config, start) if output is None else output
+        check_output(path, may_make_folder=output is None)
+        plan = SamplingPlan.of_table(start, model.model_path, model.precision)
+        plan.check()
+        teacher = teacher_plan(start, options)
+        grid = grid_positions(options.grid_points, start.num_points)
+        prompts = choose_prompts(config)
+        if len(grid) < options.grid_points:
+            distributed.print0(f"note: {len(grid)} of distill.grid_points={options.grid_points}, to try all choices")
+        net = plan.load_model(distributed.device())
+        distributed.print0(
+            f"fitting {start.num_steps - 1} intervals of {start.num_points} points to {options.teacher} with "
+            f"{teacher.num_steps - 1} intervals, on {len(prompts)} prompts"
+        )
+        seeds = [derive_seed(config.run.seed, "distill-noise", index) for index in range(len(prompts))]
+        display = ProgressDisplay()
+        try:
+            distilled = distill(net, start, prompts, seeds, options, display)
+        finally:
+            display.close()
+        for line in summary(distilled):
+            distributed.print0(line)
+        save_table(distilled.table, path)
+        return path
+    finally:
+        distributed.shutdown()
+
+
+def default_output(config: Config, start: SolverTable) -> Path:
+    """`<run.output_root>/<model>-<nodes>-<parallel calls>-epd-distilled/table.safetensors`."""
+    from training.generate import SamplingPlan
+
+    calls = SamplingPlan.of_table(start, model_path=None, precision="float32").nfe().parallel_nfe
+    folder = f"{start.dataset_name}-{start.num_steps}-{calls}-epd-distilled"
+    return Path(config.run.output_root) / folder / "table.safetensors"
+
+
+def check_output(path: Path, may_make_folder: bool) -> None:
+    """Raise `DistillError` unless a table can be written as the new file `path`. Makes nothing."""
+    if path.suffix.lower() not in FORMATS:
+        raise DistillError(f"{path}: unknown table format {path.suffix!r}; use {', '.join(FORMATS)}")
+    if os.path.lexists(path):
+        raise DistillError(f"{path} exists; name another file with --output, or delete it")
+    if not may_make_folder and not os.path.isdir(path.parent):
+        raise DistillError(f"{path} cannot be written: the folder {path.parent} does not exist")
+    nearest = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        raise DistillError(f"{path} cannot be written: {nearest} is no folder that files can be made in")
+
+
+def choose_prompts(config: Config) -> list[str]:
+    """`distill.prompts` different training prompts, drawn by `run.seed`. Raises `DistillError` for too few."""
+    from training.ppo.inputs import split_prompts
+    from training.ppo.rl_runner import PromptOrder
+
+    training, _ = split_prompts(config)
+    different = list(dict.fromkeys(training))
+    wanted = config.distill.prompts
+    if wanted > len(different):
+        raise DistillError(f"distill.prompts={wanted}, but there are {len(different)} different training prompts")
+    return PromptOrder(different, config.run.seed).take(1, wanted)
+
+
+def summary(distilled: Distilled) -> list[str]:
+    """A line for each interval: how well the step fits, and its row."""
+    lines = []
+    for i, error in enumerate(distilled.errors):
+        positions, weights = (
+            " ".join(f"{value:.3f}" for value in array[i].tolist())
+            for array in (distilled.table.positions, distilled.table.weights)
+        )
+        kept = " (kept from the start table: no weights on the grid would do)" if i in distilled.kept else ""
+        lines.append(f"interval {i + 1}: relative error {error:.4f}, positions {positions}, weights {weights}{kept}")
+    return lines
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.option(
+    "--config",
+    "config_path",
+    help="YAML file of the PPO run, e.g. training/ppo/cfgs/embedded.yaml",
+    metavar="FILE",
+    type=Path,
+    required=True,
+)
+@click.option(
+    "--override",
+    "overrides",
+    help="Change one key, e.g. distill.prompts=32; repeatable",
+    metavar="KEY=VALUE",
+    multiple=True,
+)
+@click.option(
+    "--output",
+    help="The table to write: .safetensors, .json or .pkl, in a folder that exists",
+    metavar="FILE",
+    type=Path,
+    show_default="<run.output_root>/<model>-<nodes>-<calls>-epd-distilled/table.safetensors",
+)
+@click.option("--device", help="Where the model runs", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("-n", "--dry-run", help="Check, print the resolved configuration, and stop", is_flag=True)
+@user_errors
+def main(config_path: Path, overrides: tuple[str, ...], output: Path | None, device: str, dry_run: bool) -> None:
+    """Fit a solver table to a fine teacher's trajectory, without a reward: a start for PPO, or a table to sample with.
+
+    Uses model.*, data.*, run.seed and distill.* of a PPO configuration. The table's path goes to stdout. Example:
+
+    \b
+    python -m training.distill --config training/ppo/cfgs/embedded.yaml --output exps/distilled.safetensors
+    """
+    config = load_config(config_path, overrides)
+    check_names(config)
+    check_files(config)
+    if dry_run:
+        if output is not None:
+            check_output(output, may_make_folder=False)
+        click.echo(to_yaml(config), nl=False)
+        return
+    click.echo(distill_config(config, output, device))
+
+
+if __name__ == "__main__":
+    main()
