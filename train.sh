@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Learn a solver table: start table -> PPO -> export.
+# Learn a solver table: distillation (a start table fitted to a fine teacher) -> training -> export.
 #
 #   bash train.sh [embedded]   the embedded emoji model, some minutes on 2 CPU cores
 #   bash train.sh sd15         Stable Diffusion v1.5 on one GPU
@@ -19,15 +19,11 @@ preset="${1:-embedded}"
 launcher=(-m)
 case "$preset" in
     embedded)
-        start=exps/00000-emoji-6-10-epd-start
-        table=(--dataset-name emoji --num-steps 6 --num-points 2 --snapshot-step 0)
-        snapshot=network-snapshot-000000.pkl
+        start=exps/emoji-6-10-epd-distilled/table.safetensors
         config=embedded
         ;;
     sd15 | sd15-multi)
-        start=exps/99999-ms_coco-11-20-epd-dpm-1-discrete
-        table=(--dataset-name ms_coco --num-steps 11 --num-points 2 --snapshot-step 99999)
-        snapshot=network-snapshot-099999.pkl
+        start=exps/ms_coco-11-20-epd-distilled/table.safetensors
         config=sd15_single
         if [ "$preset" = sd15-multi ]; then
             config=sd15_parallel
@@ -41,10 +37,11 @@ case "$preset" in
 esac
 
 ensure_python
-if [ ! -e "$start/$snapshot" ]; then
-    run "$PYTHON" fake_train.py "${table[@]}" --outdir "$start" >/dev/null
+if [ ! -e "$start" ]; then
+    mkdir -p "$(dirname "$start")"
+    run "$PYTHON" -m training.distill --config "training/ppo/cfgs/$config.yaml" --output "$start" >/dev/null
 fi
 run_dir=$(run "$PYTHON" "${launcher[@]}" training.ppo.launch --config "training/ppo/cfgs/$config.yaml" \
-    --override "data.predictor_snapshot=$start/$snapshot")
+    --override "data.predictor_snapshot=$start")
 run "$PYTHON" -m training.ppo.export_epd_predictor "$run_dir"
 echo "The learned table is in $run_dir/export; next: bash sample.sh $preset" >&2

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch_utils.checkpoint import atomic_write_text
 from torch_utils.errors import UserError
 
 FORMAT = 1
@@ -75,8 +74,8 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
 
 
 def code_hash(files: Sequence[str]) -> str:
-    """Hash of the code in `files` (below ROOT) that decides the figures, without comments and docstrings, so that other code's do not pass for
-    this one's."""
+    """Hash of the code in `files` (below ROOT) that decides the figures, without comments and docstrings, so that
+    other code's do not pass for this one's."""
     trees = [ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in files]
     for tree in trees:
         for node in ast.walk(tree):
@@ -166,7 +165,23 @@ class Results:
             part.references |= old["references"]
         return part
 
+    def take_over(self, other: Results, key: Callable[[dict], object]) -> None:
+        """Add what another file holds; of a part in both, the references and the rows whose `key` is not there yet.
+
+        Raises ResultsError for a part that was measured otherwise than the one here.
+        """
+        for name, part in other.parts.items():
+            own = self.parts.setdefault(name, {**part, "rows": [], "references": {}})
+            differing = [key for key in IDENTITY if own[key] != part[key]]
+            if differing:
+                raise ResultsError(f"{other.path} and {self.path} have the part {name} with another {differing[0]}")
+            known = {key(row) for row in own["rows"]}
+            own["rows"] += [row for row in part["rows"] if key(row) not in known]
+            own["references"] |= part["references"]
+
     def save(self) -> None:
+        from torch_utils.checkpoint import atomic_write_text  # needs torch, which --help does not
+
         parts = ",\n".join(f"{json.dumps(name)}: {_part_text(self.parts[name])}" for name in sorted(self.parts))
         atomic_write_text(self.path, f'{{"format": {FORMAT}, "parts": {{\n{parts}\n}}}}\n')
         self._saved = time.monotonic()

@@ -15,7 +15,7 @@ from toy_training import run_toy, write_files
 from torch_utils.checkpoint import load_checkpoint, save_checkpoint
 from training.ppo.config import load_config
 from training.ppo.export_epd_predictor import export_predictor, main
-from training.ppo.policy import create_policy
+from training.ppo.policy import SCALE_RATE, create_policy
 from training.ppo.run_dir import RunDirectory
 from training.table import load_table, save_table
 
@@ -98,7 +98,7 @@ def test_scales_that_outgrew_the_declared_range(tmp_path):
     start = replace(load_table(directory.start_table), scale_dir_range=0.01)
     save_table(start, directory.start_table)
     state = load_checkpoint(directory.checkpoint(4))
-    state["policy"]["residuals.weight"][:, 5:] = 0.2
+    state["policy"]["residuals.weight"][:, 5:] = 0.2 / SCALE_RATE
     save_checkpoint(directory.checkpoint(4), {**state, "start_table_sha256": start.sha256()})
     exported = load_table(export_predictor(directory.path, Path("checkpoints/policy-step000004.pt")))
     assert (exported.scale_dir > 1.15).all()

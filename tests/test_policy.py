@@ -139,6 +139,41 @@ def test_frozen_scales_keep_the_start_values():
     assert both.sample_table(1, seed=0).log_prob.item() != policy.sample_table(1, seed=0).log_prob.item()
 
 
+def test_another_concentration_keeps_the_mean_and_narrows_the_draws():
+    policy = trained_policy(**BOTH_SCALES)
+    mean, wide = policy.mean_table(), policy.sample_table(500, seed=3)
+    policy.set_concentration(20.0 * 25)
+    for name, array in policy.mean_arrays()._asdict().items():
+        torch.testing.assert_close(array.detach(), getattr(mean, name))
+    narrow = policy.sample_table(500, seed=3)
+    ratio = wide.segments.std(0) / narrow.segments.std(0)  # a Dirichlet's variance is about 1 / (sum + 1)
+    assert (ratio > 4).all() and (ratio < 6).all()
+    fresh = EPDParamPolicy(start_table(), 500.0, **BOTH_SCALES)
+    fresh.load_state_dict(policy.state_dict())
+    torch.testing.assert_close(fresh.log_prob(narrow), policy.log_prob(narrow))
+    torch.testing.assert_close(fresh.kl(), policy.kl())
+
+
+def test_the_density_of_a_table_is_that_of_its_rows():
+    policy = trained_policy(**BOTH_SCALES)
+    sample = policy.sample_table(4, seed=1)
+    rows = policy.log_prob_rows(sample)
+    assert rows.shape == (4, 2)
+    torch.testing.assert_close(rows.sum(1), policy.log_prob(sample))
+    with torch.no_grad():
+        policy.residuals.weight[1] += 0.1  # the second row's own numbers
+    changed = policy.log_prob_rows(sample)
+    assert torch.equal(changed[:, 0], rows[:, 0]) and (changed[:, 1] != rows[:, 1]).all()
+
+
+def test_the_mean_sample_is_the_mean_table():
+    policy = trained_policy(**BOTH_SCALES)
+    sample = policy.mean_sample(3)
+    for name, array in sample.arrays._asdict().items():
+        torch.testing.assert_close(array, getattr(policy.mean_table(), name).expand(3, -1, -1))
+    torch.testing.assert_close(policy.log_prob(sample), sample.log_prob)
+
+
 @pytest.mark.parametrize("concentration", [1e-3, 0.1, 1e6])
 def test_extreme_policies_still_draw_valid_tables(concentration):
     table = SolverTable(positions=[[1e-4, 2e-4]], weights=[[1e-4, 1 - 1e-4]])

@@ -192,6 +192,16 @@ def test_gradient_limit():
     assert free["grad_norm"] == held["grad_norm"] > 1e-3  # what is reported is the norm before the limit
 
 
+def test_exploration_narrows_geometrically():
+    policy = EPDParamPolicy(SolverTable(positions=[[0.3, 0.6]], weights=[[0.5, 0.5]]), parameterization="direct")
+    learner = RDPO(policy, PPOConfig(steps=3, dirichlet_concentration=10.0, concentration_end=1000.0), seed=0)
+    assert [learner.concentration(step) for step in (1, 2, 3)] == pytest.approx([10, 100, 1000])
+    constant = RDPO(policy, PPOConfig(steps=3, dirichlet_concentration=10.0, concentration_end=None), seed=0)
+    assert [constant.concentration(step) for step in (1, 3)] == [10, 10]
+    single = RDPO(policy, PPOConfig(steps=1, dirichlet_concentration=10.0, concentration_end=1000.0), seed=0)
+    assert single.concentration(1) == 10
+
+
 def test_minibatches_cover_the_batch_once():
     table = SolverTable(positions=[[0.3, 0.6]], weights=[[0.5, 0.5]])
     policy = EPDParamPolicy(table, parameterization="direct")

@@ -51,7 +51,6 @@ class Distilled:
 
     table: SolverTable  # metadata of the start table
     errors: list[float]  # [N-1]: distance to the teacher's state after the step / before it, rms over the images
-    kept: list[int]  # intervals that keep the start table's row: no choice of positions had weights >= MIN_WEIGHT
 
 
 def distill(
@@ -85,7 +84,7 @@ def distill(
     fine = teacher_nodes(plan, nodes, net)
     watched = _Watched(net, progress, len(prompts) * rows_per_image(plan, start, len(grid)))
 
-    rows, errors, kept = [], [], []
+    rows, errors = [], []
     with torch.no_grad():
         cond = net.encode_prompts(list(prompts))
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
@@ -97,19 +96,14 @@ def distill(
             gram = residual_gram(watched, x, target, interval, cond, grid, afs, max_rows)
             if not gram.isfinite().all():
                 raise DistillError(f"interval {i + 1}: the states of model or teacher are no finite numbers")
-            found = best_row(gram, start.num_points)
-            if found is None:
-                kept.append(i)
-                row = SolverTable(*(getattr(start, name)[i : i + 1] for name in ARRAYS))
-            else:
-                chosen, weights = found
-                row = SolverTable(grid[chosen][None], weights[None])
+            chosen, weights = best_row(gram, start.num_points)
+            row = SolverTable(grid[chosen][None], weights[None])
             reached = epd_sampler(watched, x, interval, cond, table=row, max_rows=max_rows, afs=afs)
             rows.append(row)
             errors.append(_relative_distance(reached, x, target))
             x = reached
     arrays = {name: torch.cat([getattr(row, name) for row in rows]) for name in ARRAYS}
-    return Distilled(replace(start, **arrays), errors, kept)
+    return Distilled(replace(start, **arrays), errors)
 
 
 def teacher_plan(start: SolverTable, options: DistillConfig) -> SamplingPlan:
@@ -231,23 +225,45 @@ def residual_gram(
     return gram.cpu()
 
 
-def best_row(gram: Tensor, num_points: int) -> tuple[Tensor, Tensor] | None:
+def best_row(gram: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
     """The K positions and weights of least w^T gram w, sum 1 and no weight below MIN_WEIGHT: indices and weights `[K]`.
 
-    For each choice of positions the best weights with sum 1 are gram^-1 1 / (1^T gram^-1 1); a choice that would need
-    a smaller weight is passed over, and with none left there is no row: None.
+    Choices of positions whose best weights include a smaller one are passed over. Where that leaves none, as happens
+    with three points, the small weights of every choice are raised to MIN_WEIGHT and its others found anew.
     """
     import torch
 
+    lowest = min(MIN_WEIGHT, 0.5 / num_points)
     subsets = torch.tensor(list(itertools.combinations(range(len(gram)), num_points)))  # [S, K]
     grams = gram[subsets[:, :, None], subsets[:, None, :]]  # [S, K, K]
-    ridge = RIDGE * max(1.0, gram.diagonal().max().item()) * torch.eye(num_points, dtype=gram.dtype)
-    weights = torch.linalg.solve(grams + ridge, torch.ones(len(subsets), num_points, 1, dtype=gram.dtype))
-    weights = weights / weights.sum(1, keepdim=True)
-    errors = (weights * (grams @ weights)).sum((1, 2))
-    errors[~(weights >= MIN_WEIGHT).all(1).squeeze(1)] = math.inf
+    pinned = torch.zeros_like(subsets, dtype=torch.bool)
+    weights = best_weights(grams, pinned, lowest)
+    if not (weights >= lowest).all(1).any():
+        # Ends after K - 1 rounds at most: the mean of the free weights is above `lowest`, so one always stays free.
+        while (weights < lowest).any():
+            pinned |= weights < lowest
+            weights = best_weights(grams, pinned, lowest)
+    errors = (weights[:, None] @ grams @ weights[..., None]).flatten()
+    errors[(weights < lowest).any(1)] = math.inf
     best = errors.argmin()
-    return None if errors[best] == math.inf else (subsets[best], weights[best, :, 0])
+    return subsets[best], weights[best]
+
+
+def best_weights(grams: Tensor, pinned: Tensor, lowest: float) -> Tensor:
+    """The weights `[S, K]` of least w^T gram w with sum 1, for each of `grams [S, K, K]`; those `pinned` are `lowest`.
+
+    In the free rows gram w = lambda 1 (Lagrange), in the others w = lowest; lambda makes the sum 1. With nothing pinned
+    this is gram^-1 1 / (1^T gram^-1 1).
+    """
+    import torch
+
+    eye = torch.eye(grams.shape[-1], dtype=grams.dtype)
+    ridge = RIDGE * max(1.0, grams.diagonal(dim1=1, dim2=2).max().item())
+    system = torch.where(pinned[..., None], eye, grams + ridge * eye)
+    sides = torch.stack([~pinned, pinned], -1).to(grams.dtype)
+    free, fixed = torch.linalg.solve(system, sides).unbind(-1)
+    weights = lowest * fixed + (1 - lowest * fixed.sum(1, keepdim=True)) / free.sum(1, keepdim=True) * free
+    return weights.masked_fill(pinned, lowest)
 
 
 def _parts(count: int, size: int) -> list[slice]:
@@ -379,8 +395,7 @@ def summary(distilled: Distilled) -> list[str]:
             " ".join(f"{value:.3f}" for value in array[i].tolist())
             for array in (distilled.table.positions, distilled.table.weights)
         )
-        kept = " (kept from the start table: no weights on the grid would do)" if i in distilled.kept else ""
-        lines.append(f"interval {i + 1}: relative error {error:.4f}, positions {positions}, weights {weights}{kept}")
+        lines.append(f"interval {i + 1}: relative error {error:.4f}, positions {positions}, weights {weights}")
     return lines
 
 

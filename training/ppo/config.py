@@ -57,7 +57,7 @@ class DistillConfig:
     teacher: str = "ddim"  # solver whose trajectory the start table is fitted to (training.distill)
     teacher_steps: int = 8  # its intervals within each interval of the table
     prompts: int = 16  # training prompts, one noise each
-    grid_points: int = 25  # positions tried in every interval
+    grid_points: int = 13  # positions tried in every interval
 
 
 @dataclass
@@ -99,14 +99,14 @@ class PPOConfig:
     normalize_advantages: bool = True
     ppo_epochs: int = 4
     minibatch_size: int | None = None  # samples per optimizer step; null: the whole batch
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     learning_rate_schedule: str = "linear"  # linear: falls to zero at the last step; constant
     clip_range: float = 0.2
     kl_coef: float = 0.0  # weight of KL(policy || start policy)
     entropy_coef: float = 0.0
     max_grad_norm: float | None = 1.0  # null: no limit
-    dirichlet_concentration: float = 20.0  # sum of a row's concentrations at the start; larger explores less
-    concentration_end: float | None = None  # at the last step, reached geometrically; null: stays as it is
+    dirichlet_concentration: float = 20.0  # sum of a row's concentrations at the first step; larger explores less
+    concentration_end: float | None = 100.0  # at the last step, reached geometrically; null: stays as it is
     train_scale_dir: bool = False  # false: the start table's values stay as they are
     train_scale_time: bool = False
     scale_std: float = 0.05  # standard deviation of a trained scale's logarithm

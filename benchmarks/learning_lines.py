@@ -1,0 +1,226 @@
+"""What is measured: the settings, and the lines (algorithm, start table, configuration) that are compared in each.
+
+Nothing here needs torch, so that mistakes on the command line are found at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from omegaconf import OmegaConf
+
+from torch_utils.errors import UserError
+from training.ppo.config import Config, check_values, flatten
+
+TRAIN_PROMPTS = "src/prompts/emoji_train.txt"
+EVAL_PROMPTS = "src/prompts/emoji_eval.txt"
+REWARD, HELD_OUT = "emoji_reward", "emoji_heldout"
+VARIANT_IMAGES = 1024  # budget of the part "variants"
+ROBUSTNESS_STEPS = 40
+PILOT_PROMPTS = 256  # training prompts whose difficulty is measured before training, where prompts are stratified
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A table to be learned and the conditions that it is for."""
+
+    name: str
+    guidance: float
+    num_steps: int  # nodes
+    num_points: int = 2
+    scales: bool = False  # train scale_dir and scale_time too
+
+    @property
+    def intervals(self) -> int:
+        return self.num_steps - 1
+
+    @property
+    def title(self) -> str:
+        scales = ", scales trained" if self.scales else ""
+        return f"guidance {self.guidance:g}, {self.intervals} intervals, K={self.num_points}{scales}"
+
+    def overrides(self) -> list[str]:
+        return [
+            f"data.prompt_csv={TRAIN_PROMPTS}",
+            f"evaluation.prompt_file={EVAL_PROMPTS}",
+            "model.dataset_name=emoji",
+            f"model.guidance_rate={self.guidance}",
+            f"model.num_steps={self.num_steps}",
+            f"model.num_points={self.num_points}",
+            f"reward.type={REWARD}",
+            f"evaluation.metrics=[{HELD_OUT}]",
+            f"ppo.train_scale_dir={str(self.scales).lower()}",
+            f"ppo.train_scale_time={str(self.scales).lower()}",
+        ]
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("a", guidance=7.5, num_steps=6),
+        Setting("b", guidance=7.5, num_steps=11),
+        Setting("c", guidance=3.0, num_steps=6),
+        Setting("d", guidance=7.5, num_steps=6, num_points=3, scales=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing to compare. `label` and `start` together are unique within a part."""
+
+    label: str
+    algorithm: str = "rdpo"  # a key of learning_runs.ALGORITHMS
+    start: str = "cold"  # a name of learning_starts.StartTables
+    overrides: tuple[str, ...] = ()  # of the configuration, after the setting's
+    images: int | None = None  # training images; None: what the part spends
+    steps: int | None = None  # instead of `images`
+
+
+def run_config(setting: Setting, line: Line, seed: int, images: int, eval_prompts: int) -> Config:
+    """The production configuration of one run; what no override names is at its default."""
+    wanted = [*setting.overrides(), f"run.seed={seed}", f"evaluation.num_prompts={eval_prompts}", *line.overrides]
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist(wanted)))
+    budget = images if line.images is None else min(line.images, images)
+    config.ppo.steps = line.steps or max(1, budget // config.ppo.rollout_batch_size)
+    check_values(config)
+    return config
+
+
+# ----------------------------------------------------------------------------
+# The lines of each part.
+
+# The published algorithm: advantages across prompts, a residual MLP, one pass in minibatches of 4, 8 images on a GPU.
+REFERENCE = (
+    *("ppo.baseline=legacy_mixed", "ppo.normalize_advantages=true", "ppo.shared_noise=false"),
+    *("policy.parameterization=mlp", "ppo.learning_rate=7e-5", "ppo.learning_rate_schedule=constant"),
+    *("ppo.ppo_epochs=1", "ppo.minibatch_size=4", "ppo.rollout_batch_size=8", "ppo.rloo_k=4"),
+    *("ppo.dirichlet_concentration=20", "ppo.concentration_end=null"),
+)
+CMAES = ("ppo.rollout_batch_size=64", "ppo.rloo_k=16")  # 16 tables on 4 prompts
+HALVING = ("ppo.rollout_batch_size=32", "ppo.rloo_k=16")  # a round begins with 16 tables
+PATHWISE = {
+    "cold": ("ppo.rollout_batch_size=8", "ppo.rloo_k=2", "pathwise.learning_rate=0.4"),
+    "distilled": ("ppo.rollout_batch_size=8", "ppo.rloo_k=2", "pathwise.learning_rate=0.03"),
+}
+SCALE_DIR = ("ppo.train_scale_dir=true",)
+NO_SCALES = ("ppo.train_scale_dir=false", "ppo.train_scale_time=false")
+SHORT = {"rdpo": 512, "pathwise": 256}  # budgets of the lines that must be done early
+
+
+def curve_lines(setting: Setting) -> list[Line]:
+    """The main comparison."""
+    lines = []
+    for start in ("cold", "distilled"):
+        lines += [
+            Line("rdpo", start=start),
+            Line(f"rdpo, {SHORT['rdpo']} images", start=start, images=SHORT["rdpo"]),
+            Line("reference", start=start, overrides=REFERENCE),
+            Line("cmaes", "cmaes", start, CMAES),
+            Line("halving", "halving", start, HALVING),
+            Line("pathwise", "pathwise", start, PATHWISE[start]),
+            Line(f"pathwise, {SHORT['pathwise']} images", "pathwise", start, PATHWISE[start], SHORT["pathwise"]),
+        ]
+        if setting.scales:
+            lines.append(Line("pathwise, no scales", "pathwise", start, (*PATHWISE[start], *NO_SCALES)))
+        else:
+            lines.append(Line("pathwise, scale_dir", "pathwise", start, (*PATHWISE[start], *SCALE_DIR)))
+    return lines
+
+
+CHANGES = {
+    "unshared noise": ("ppo.shared_noise=false",),
+    "no normalisation": ("ppo.normalize_advantages=false",),
+    "constant learning rate": ("ppo.learning_rate_schedule=constant",),
+    "concentration 20": ("ppo.dirichlet_concentration=20", "ppo.concentration_end=null"),
+    "concentration 50": ("ppo.dirichlet_concentration=50", "ppo.concentration_end=null"),
+    "concentration 100": ("ppo.dirichlet_concentration=100", "ppo.concentration_end=null"),
+    "concentration 10 to 60": ("ppo.dirichlet_concentration=10", "ppo.concentration_end=60"),
+    "concentration 20 to 100": ("ppo.dirichlet_concentration=20", "ppo.concentration_end=100"),
+    "mlp, learning rate 0.005": ("policy.parameterization=mlp", "ppo.learning_rate=0.005"),
+    "rloo_k 2": ("ppo.rloo_k=2",),
+    "rloo_k 4": ("ppo.rloo_k=4",),
+    "rloo_k 8": ("ppo.rloo_k=8",),
+    "rloo_k 16": ("ppo.rloo_k=16",),
+    "learning rate 0.05": ("ppo.learning_rate=0.05",),
+    "learning rate 0.1": ("ppo.learning_rate=0.1",),
+    "learning rate 0.2": ("ppo.learning_rate=0.2",),
+}
+# Those that are not configuration: algorithm of learning_variants -> overrides that belong to it.
+EXTENSIONS = {
+    "antithetic": (),
+    "sobol": (),
+    "stratified": (),
+    "one interval": (),
+    "crossed": (),
+    "group normalised": (),
+    "kl stop": ("ppo.ppo_epochs=8",),
+    "fisher": (),
+}
+
+
+def variant_lines(setting: Setting) -> list[Line]:
+    """RDPO at its defaults, and with one thing changed each; a change that changes nothing is left out."""
+    lines = []
+    for start in ("cold", "distilled"):
+        base = Line("rdpo", start=start, images=VARIANT_IMAGES)
+        lines.append(base)
+        settled = _values(setting, base)
+        for label, overrides in CHANGES.items():
+            line = replace(base, label=label, overrides=overrides)
+            if _values(setting, line) != settled:
+                lines.append(line)
+        lines += [replace(base, label=name, algorithm=name, overrides=extra) for name, extra in EXTENSIONS.items()]
+    return lines
+
+
+def _values(setting: Setting, line: Line) -> dict[str, object]:
+    return flatten(run_config(setting, line, seed=0, images=VARIANT_IMAGES, eval_prompts=1))
+
+
+STARTS = ("cold", "optimal", "distilled ddim", "distilled dpmpp", "distilled heun")
+
+
+def start_lines(setting: Setting) -> list[Line]:
+    """The two algorithms from every kind of start table."""
+    lines = []
+    for start in STARTS:
+        rate = PATHWISE["cold" if start == "cold" else "distilled"]
+        lines += [Line("rdpo", start=start), Line("pathwise", "pathwise", start, rate)]
+    return lines
+
+
+def robustness_lines(setting: Setting) -> list[Line]:
+    """RDPO with other numbers of images a step."""
+    return [
+        Line(f"{size} images a step", start="distilled", overrides=(f"ppo.rollout_batch_size={size}",), steps=steps)
+        for size, steps in (
+            (8, ROBUSTNESS_STEPS),
+            (32, ROBUSTNESS_STEPS),
+            (128, ROBUSTNESS_STEPS),
+            (512, ROBUSTNESS_STEPS),
+        )
+    ]
+
+
+TRAINED = {"curves": curve_lines, "variants": variant_lines, "starts": start_lines, "robustness": robustness_lines}
+# The settings that a part is measured in; a part that is not here is measured in all.
+ONLY = {"variants": ("a",), "robustness": ("a", "c"), "transfer": ("a",), "time": ("a",)}
+PARTS = ("references", "curves", "variants", "starts", "robustness", "transfer", "time")
+
+
+def choose(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """The names in the comma-separated `text`, in the order of `known`; all of them for "all". Raises UserError."""
+    if text in ("all", "none"):
+        return list(known) if text == "all" else []
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option}: unknown name '{name}'; use all, or some of {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def jobs(parts: Sequence[str], settings: Sequence[str]) -> list[tuple[str, Setting]]:
+    """(part, setting) of everything to measure."""
+    return [(part, SETTINGS[name]) for part in parts for name in settings if name in ONLY.get(part, SETTINGS)]

@@ -1,0 +1,5 @@
+"""."""
+
+
+def save_plot(parts, path):
+    pass

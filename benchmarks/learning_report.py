@@ -1,0 +1,5 @@
+"""."""
+
+
+def to_markdown(parts):
+    return ""
