@@ -414,8 +414,8 @@ def test_prompts_and_noise_come_from_the_seed_alone(config_file, tmp_path, monke
     [
         (["--output", "{root}/taken.json"], "taken.json exists; name another file with --output, or delete it"),
         (["--output", "{root}/table.txt"], "unknown table format '.txt'; use .safetensors, .json, .pkl"),
-        (["--output", "{root}/none/table.json"], "none does not exist"),
-        (["--output", "{root}/taken.json/table.json"], "taken.json does not exist"),
+        (["--output", "{root}/none/table.json"], "there is no folder {root}/none"),
+        (["--output", "{root}/taken.json/table.json"], "there is no folder {root}/taken.json"),
         (["--override", "run.output_root={root}/taken.json"], "taken.json is no folder that files can be made in"),
         (["--override", "distill.teacher=magic"], "distill.teacher=magic must be one of: ddim, "),
         (["--override", "distill.teacher=epd"], "distill.teacher=epd must be one of: ddim, "),
@@ -437,7 +437,7 @@ def test_mistakes_give_one_line_before_the_model_loads(config_file, tmp_path, mo
     result = run_cli("--config", config_file, "--device", "cpu", *arguments)
     assert result.exit_code == 2 and result.stdout == "", result.output
     (line,) = result.stderr.splitlines()
-    assert line.startswith("Error: ") and words in line
+    assert line.startswith("Error: ") and words.format(root=tmp_path) in line
     assert files(tmp_path) == before and (tmp_path / "taken.json").read_text() == "precious"
 
 

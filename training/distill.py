@@ -368,7 +368,7 @@ def check_output(path: Path, may_make_folder: bool) -> None:
     if os.path.lexists(path):
         raise DistillError(f"{path} exists; name another file with --output, or delete it")
     if not may_make_folder and not os.path.isdir(path.parent):
-        raise DistillError(f"{path} cannot be written: the folder {path.parent} does not exist")
+        raise DistillError(f"{path} cannot be written: there is no folder {path.parent}")
     nearest = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         raise DistillError(f"{path} cannot be written: {nearest} is no folder that files can be made in")
