@@ -19,7 +19,7 @@ launcher=()
 case "$preset" in
     embedded)
         config=embedded dataset=emoji prompts=src/prompts/emoji_test.txt seeds="${SEEDS:-0-255}" precision=float32
-        schedule=(--schedule-type discrete --schedule-rho 1)
+        schedule=(--schedule-type logsnr)
         metrics=("reward score_emoji --metric reward" "heldout score_emoji --metric heldout") # name, module, options
         # name, sampler, nodes, options: parallel NFE 10 for all, and a long run to compare with
         baselines=("ddim-10 ddim 11" "dpm2-10 dpm2 6" "heun-10 heun 6" "ipndm-10 ipndm 11" "dpmpp-10 dpmpp 11" "ddim-50 ddim 51")

@@ -2,7 +2,7 @@
 
 The embedded model's table is trained with free scales, so that steps can overshoot: colours grow louder than the
 model's own, and the pictures worse. Writes hacking.json (the evaluations) and hacking.png (both metrics over the
-steps; the pictures of the first, the best and the last evaluation) to --outdir, and the run folder below it.
+steps; the pictures of the best, the first flagged and the last evaluation) to --outdir, and the run folder below it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def summary(directory: RunDirectory, device: str) -> dict:
     """
     config, start = directory.read()
     records = [json.loads(line) for line in directory.evaluations.read_text(encoding="utf-8").splitlines()]
-    kept = ("step", "images", "prompts", "reward_mean", f"{HELD_OUT}_mean")
+    kept = ("step", "images", "prompts", "reward_mean", f"{HELD_OUT}_mean", "diverging")
     evaluations = [{name: record[name] for name in kept} for record in records]
     return {
         "trained": SaturationReward.name,
@@ -130,7 +130,7 @@ def draw_curve(axes, evaluations: Sequence[dict], field: str, label: str, best_s
 
 
 def save_figure(found: dict, directory: RunDirectory, path: Path) -> None:
-    """Curves on the left, the sample grids of the first, the best and the last evaluation beside them."""
+    """Curves on the left, the sample grids of the best, the first flagged and the last evaluation beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,7 +139,11 @@ def save_figure(found: dict, directory: RunDirectory, path: Path) -> None:
 
     evaluations, best_step = found["evaluations"], found["best_step"]
     by_step = {record["step"]: record for record in evaluations}
-    shown = {"first": evaluations[0]["step"], "best held-out": best_step, "last": evaluations[-1]["step"]}
+    flagged = [record["step"] for record in evaluations if record["diverging"]]
+    shown = {"best held-out": best_step}
+    if flagged:
+        shown["first flagged"] = flagged[0]
+    shown["last"] = evaluations[-1]["step"]
     figure = pyplot.figure(figsize=(15.5, 4.6), layout="constrained")
     layout = figure.add_gridspec(2, 4, width_ratios=[1.1, 1, 1, 1])
     upper = figure.add_subplot(layout[0, 0])

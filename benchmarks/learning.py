@@ -1,7 +1,7 @@
 """Measure learning: the held-out reward of the mean table against the training images spent.
 
-Writes learning.json (every number), learning.md (tables) and learning.png (plot) to --outdir. The embedded model and
-the production algorithms; all runs of a setting advance in lockstep. Runs that learning.json already holds are kept and
+Writes learning.json (every number), learning_tables.md and learning.png (plot) to --outdir. The embedded model and the
+production algorithms; all runs of a setting advance in lockstep. Runs that learning.json already holds are kept and
 only the rest made, so an interrupted measurement goes on with the same command; a part from another machine, other
 settings or other code is left alone unless --overwrite says so.
 
@@ -52,7 +52,7 @@ BENCHMARK = Benchmark(
 @click.option("--settings", metavar="LIST", default="all", help="In which settings: all, or some of a, b, c, d")
 @click.option("--seeds", metavar="INT", type=click.IntRange(1), default=5, help="Runs of every line")
 @click.option("--first-seed", metavar="INT", type=click.IntRange(0), default=0, help="Seed of the first of them")
-@click.option("--images", metavar="INT", type=click.IntRange(32), default=2048, help="Training images of a run")
+@click.option("--images", metavar="INT", type=click.IntRange(1), default=2048, help="Training images of a run")
 @click.option(
     "--lines", metavar="LIST", default="", help="Only these lines, by label, separated by ;", show_default="all"
 )
@@ -192,9 +192,10 @@ def report(results: Results, outdir: Path) -> None:
     from benchmarks.learning_report import to_markdown
     from torch_utils.checkpoint import atomic_write_text
 
-    atomic_write_text(outdir / "learning.md", to_markdown(results.parts))
+    atomic_write_text(outdir / "learning_tables.md", to_markdown(results.parts))
     save_plot(results.parts, outdir / "learning.png")
-    click.echo(f"{results.path}, learning.md, learning.png: {', '.join(sorted(results.parts)) or 'nothing measured'}")
+    measured = ", ".join(sorted(results.parts)) or "nothing measured"
+    click.echo(f"{results.path}, learning_tables.md, learning.png: {measured}")
 
 
 if __name__ == "__main__":

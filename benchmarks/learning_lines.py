@@ -106,27 +106,34 @@ PATHWISE = {
 }
 SCALE_DIR = ("ppo.train_scale_dir=true",)
 NO_SCALES = ("ppo.train_scale_dir=false", "ppo.train_scale_time=false")
-SHORT = {"rdpo": 512, "pathwise": 256}  # budgets of the lines that must be done early
+PATHWISE_IMAGES = {"cold": 512, "distilled": 256}  # budgets: a gradient costs three images' time or more
+SHORT = 512  # images of the RDPO lines that must be done early
+ALL_SCALES = ("ppo.train_scale_dir=true", "ppo.train_scale_time=true")
 
 
 def curve_lines(setting: Setting) -> list[Line]:
-    """The main comparison."""
-    lines = []
-    for start in ("cold", "distilled"):
-        lines += [
-            Line("rdpo", start=start),
-            Line(f"rdpo, {SHORT['rdpo']} images", start=start, images=SHORT["rdpo"]),
-            Line("reference", start=start, overrides=REFERENCE),
-            Line("cmaes", "cmaes", start, CMAES),
-            Line("halving", "halving", start, HALVING),
-            Line("pathwise", "pathwise", start, PATHWISE[start]),
-            Line(f"pathwise, {SHORT['pathwise']} images", "pathwise", start, PATHWISE[start], SHORT["pathwise"]),
-        ]
-        if setting.scales:
-            lines.append(Line("pathwise, no scales", "pathwise", start, (*PATHWISE[start], *NO_SCALES)))
-        else:
-            lines.append(Line("pathwise, scale_dir", "pathwise", start, (*PATHWISE[start], *SCALE_DIR)))
-    return lines
+    """The main comparison. Setting a has all of it, the others the lines that matter most there."""
+    full = setting.name == "a"
+    lines = [Line("rdpo"), Line("reference", overrides=REFERENCE), Line("cmaes", "cmaes", overrides=CMAES)]
+    if full:
+        lines += [Line("halving", "halving", overrides=HALVING), Line(f"rdpo, {SHORT} images", images=SHORT)]
+        lines.append(_pathwise("pathwise", "cold"))
+    distilled = [Line("rdpo"), Line(f"rdpo, {SHORT} images", images=SHORT)]
+    if full:
+        distilled.append(Line("cmaes", "cmaes, near", overrides=CMAES))
+    if setting.scales:
+        distilled += [_pathwise("pathwise", "distilled"), _pathwise("pathwise, no scales", "distilled", NO_SCALES)]
+    else:
+        distilled.append(Line("rdpo, scale_dir", overrides=SCALE_DIR))
+        distilled.append(_pathwise("pathwise, scale_dir", "distilled", SCALE_DIR))
+        if setting.intervals < 10:
+            distilled.append(_pathwise("pathwise", "distilled"))
+            distilled.append(_pathwise("pathwise, all scales", "distilled", ALL_SCALES))
+    return lines + [replace(line, start="distilled") for line in distilled]
+
+
+def _pathwise(label: str, start: str, overrides: tuple[str, ...] = ()) -> Line:
+    return Line(label, "pathwise", start, (*PATHWISE[start], *overrides), PATHWISE_IMAGES[start])
 
 
 CHANGES = {
@@ -137,6 +144,14 @@ CHANGES = {
     "concentration 50": ("ppo.dirichlet_concentration=50", "ppo.concentration_end=null"),
     "concentration 100": ("ppo.dirichlet_concentration=100", "ppo.concentration_end=null"),
     "concentration 10 to 60": ("ppo.dirichlet_concentration=10", "ppo.concentration_end=60"),
+    "concentration 100, learning rate 0.05": (
+        *("ppo.dirichlet_concentration=100", "ppo.concentration_end=null"),
+        "ppo.learning_rate=0.05",
+    ),
+    "concentration 10 to 60, learning rate 0.2": (
+        *("ppo.dirichlet_concentration=10", "ppo.concentration_end=60"),
+        "ppo.learning_rate=0.2",
+    ),
     "concentration 20 to 100": ("ppo.dirichlet_concentration=20", "ppo.concentration_end=100"),
     "mlp, learning rate 0.005": ("policy.parameterization=mlp", "ppo.learning_rate=0.005"),
     "rloo_k 2": ("ppo.rloo_k=2",),
@@ -194,13 +209,13 @@ def start_lines(setting: Setting) -> list[Line]:
 def robustness_lines(setting: Setting) -> list[Line]:
     """RDPO with other numbers of images a step."""
     return [
-        Line(f"{size} images a step", start="distilled", overrides=(f"ppo.rollout_batch_size={size}",), steps=steps)
-        for size, steps in (
-            (8, ROBUSTNESS_STEPS),
-            (32, ROBUSTNESS_STEPS),
-            (128, ROBUSTNESS_STEPS),
-            (512, ROBUSTNESS_STEPS),
+        Line(
+            f"{size} images a step",
+            start="distilled",
+            overrides=(f"ppo.rollout_batch_size={size}",),
+            steps=ROBUSTNESS_STEPS,
         )
+        for size in (8, 32, 128, 512)
     ]
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ from training.ppo.rl_runner import Draw, EPDRolloutRunner, ImageScorer, Rollout
 from training.table import SolverTable
 
 # Training images after which a mean table is evaluated, at the end of the step that reaches them; and at the last step.
-MARKS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
+MARKS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768)
 SHOW_EVERY = 10.0  # seconds between progress lines
 DIGITS = 6  # of the scores that are kept
 
@@ -102,7 +103,7 @@ def _pieces(count: int, size: int) -> list[slice]:
     """`count` rows in as few pieces of about equal length as a limit of `size` allows."""
     pieces = math.ceil(count / size)
     bounds = [count * i // pieces for i in range(pieces + 1)]
-    return [slice(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [slice(first, last) for first, last in pairwise(bounds)]
 
 
 def _select(tables: TableArrays, rows: slice) -> TableArrays:
@@ -117,8 +118,10 @@ def join_draws(draws: Sequence[Draw]) -> tuple[TableArrays, list[str], list[int]
 
 
 def roll_out(draws: Sequence[Draw], scorer: BatchScorer, with_gradients: bool) -> list[Rollout | UserError]:
-    """The rollouts of several draws, made as one batch. Where a reward is not a number, each draw is made by itself, and
-    those that fail give their error."""
+    """The rollouts of several draws, made as one batch.
+
+    Where a reward is not a number, each draw is made by itself, and those that fail give their error.
+    """
     try:
         return _roll_out_together(draws, scorer, with_gradients)
     except UserError as error:

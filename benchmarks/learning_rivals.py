@@ -16,6 +16,7 @@ from training.ppo.rl_runner import Draw, EPDRolloutRunner, Rollout
 from training.table import SolverTable
 
 SIGMA = 0.6  # of the first generation of CMA-ES, in logits
+NEAR_SIGMA = 0.15  # the same, where the start table is known to be a good one
 SMALLEST = 1e-5  # segment or weight of a table that is given by logits
 # How much the concentration of random search grows from one round to the next.
 NARROWING = 1.25
@@ -60,9 +61,8 @@ class VectorTables:
 
 def _shares(start: Tensor, free: Tensor) -> Tensor:
     """`start [R, n]` moved by logits `free [B, R, n - 1]`: `[B, R, n]`, rows sum to 1."""
-    logits = torch.cat(
-        [free, torch.zeros_like(free[..., :1]) if free.shape[-1] else free.new_zeros(*free.shape[:2], 1)], -1
-    )
+    last = free.new_zeros(*free.shape[:-1], 1)
+    logits = torch.cat([free, last], dim=-1)
     shares = (start.log() + logits - logits.mean(-1, keepdim=True)).softmax(-1)
     return (1 - SMALLEST * shares.shape[-1]) * shares + SMALLEST
 
@@ -98,7 +98,7 @@ class CMAES:
 
     needs_gradients = False
 
-    def __init__(self, start: SolverTable, ppo: PPOConfig, seed: int):
+    def __init__(self, start: SolverTable, ppo: PPOConfig, seed: int, sigma: float = SIGMA):
         from cmaes import CMA
 
         self.tables = VectorTables(start, ppo)
@@ -106,7 +106,7 @@ class CMAES:
         self.num_prompts = ppo.rollout_batch_size // ppo.rloo_k
         self.search = CMA(
             mean=np.zeros(sum(self.tables.sizes)),
-            sigma=SIGMA,
+            sigma=sigma,
             seed=derive_seed(seed, "cmaes") % 2**32,
             population_size=self.population,
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -35,7 +37,7 @@ from benchmarks.learning_lockstep import (
     table_lists,
 )
 from benchmarks.learning_models import BatchDenoiser, BatchReward, load_denoiser
-from benchmarks.learning_rivals import CMAES, SuccessiveHalving
+from benchmarks.learning_rivals import CMAES, NEAR_SIGMA, SuccessiveHalving
 from benchmarks.learning_starts import Start, StartTables, made_for, stretch
 from benchmarks.learning_variants import (
     AntitheticPolicy,
@@ -137,7 +139,7 @@ def build_pathwise(config: Config, start: SolverTable) -> Built:
     return Pathwise(policy, config.ppo, config.pathwise), policy.mean_table
 
 
-def build_rival(kind: type) -> Callable[[Config, SolverTable], Built]:
+def build_rival(kind: Callable[..., CMAES | SuccessiveHalving]) -> Callable[[Config, SolverTable], Built]:
     def build(config: Config, start: SolverTable) -> Built:
         rival = kind(start, config.ppo, config.run.seed)
         return rival, rival.mean_table
@@ -174,6 +176,7 @@ ALGORITHMS: dict[str, Callable[[Config, SolverTable], Built]] = {
     "rdpo": build_production,
     "pathwise": build_pathwise,
     "cmaes": build_rival(CMAES),
+    "cmaes, near": build_rival(functools.partial(CMAES, sigma=NEAR_SIGMA)),
     "halving": build_rival(SuccessiveHalving),
     "antithetic": build_drawn(AntitheticPolicy),
     "sobol": build_drawn(SobolPolicy),
@@ -222,7 +225,6 @@ def measure_training(
         config = run_config(setting, line, seed, images, bench.eval_prompts)
         training, _ = split_prompts(config)
         runs.append(create_run(config, line, starts.get(line.start, seed), bench, training))
-    bench.net(setting.guidance).encode_prompts(training)  # all of them, so that no step waits for a few
     progress = Progress(part.record["settings"]["title"], sum(images_of(run, bench.eval_prompts) for run in runs), say)
     scorer = BatchScorer(runs[0].runner.scorer, bench.chunk, bench.gradient_chunk)
     for crew in crews(runs, bench.chunk, bench.gradient_chunk):
@@ -346,7 +348,7 @@ def timed(learner: Stepper, runner: EPDRolloutRunner) -> dict:
         times.append(time.perf_counter())
         learner.update(step, rollout)
         times.append(time.perf_counter())
-        laps.append([(last - first) / len(draw.prompts) for first, last in zip(times, times[1:], strict=False)])
+        laps.append([(last - first) / len(draw.prompts) for first, last in pairwise(times)])
     draws, rollouts, updates = zip(*laps[1:], strict=True)
     return {
         "images_per_step": runner.batch_size,

@@ -12,6 +12,7 @@ from benchmarks.learning_lines import Line, Setting, run_config
 from torch_utils.seeds import derive_seed
 from training.denoisers import Denoiser
 from training.distill import distill
+from training.ppo.config import Config
 from training.ppo.inputs import split_prompts, start_table
 from training.ppo.rl_runner import PromptOrder
 from training.table import SolverTable
@@ -56,15 +57,14 @@ class StartTables:
             if kind == "distilled":
                 self.made[key] = self._distill(config, cold)
             elif kind == "optimal":
-                positions, weights = (
-                    torch.tensor(row).expand_as(cold.positions) for row in optimal_rows(cold.num_points)
-                )
+                rows = (torch.tensor(row, dtype=torch.float64) for row in optimal_rows(cold.num_points))
+                positions, weights = (row.expand_as(cold.positions) for row in rows)
                 self.made[key] = Start(replace(cold, positions=positions, weights=weights), 0.0, 0.0)
             else:
                 self.made[key] = Start(cold, 0.0, 0.0)
         return self.made[key]
 
-    def _distill(self, config, cold: SolverTable) -> Start:
+    def _distill(self, config: Config, cold: SolverTable) -> Start:
         training, _ = split_prompts(config)
         prompts = PromptOrder(list(dict.fromkeys(training)), config.run.seed).take(1, config.distill.prompts)
         seeds = [derive_seed(config.run.seed, "distill-noise", index) for index in range(len(prompts))]

@@ -23,6 +23,10 @@ from training.ppo.policy import EPDParamPolicy, PolicySample, TableArrays
 from training.ppo.reward_base import Reward
 from training.table import SolverTable
 
+# Rewards are multiplied by it before the backward pass: parts of their gradients are too small for half precision. A
+# power of two, so that float32 gradients keep every bit.
+GRADIENT_SCALE = 1024.0
+
 
 class RolloutError(UserError):
     """A rollout that cannot be used: a reward that is not a number."""
@@ -127,11 +131,11 @@ class ImageScorer:
         x, cond = initial_latents(self.net, list(prompts), list(seeds), self.sigmas)
         latents = sampler(_Recomputed(self.net), x, self.sigmas, cond)
         scores = checkpoint(self._judge, latents, list(prompts), use_reentrant=False)
-        gradients = torch.autograd.grad(scores.sum(), leaves)
+        gradients = torch.autograd.grad(GRADIENT_SCALE * scores.sum(), leaves)
         scores = scores.detach().cpu().double()
         _check_finite(scores, self.rewards[0], prompts)
         self.seconds_generation += time.perf_counter() - started
-        return scores, TableArrays(*gradients)
+        return scores, TableArrays(*(gradient / GRADIENT_SCALE for gradient in gradients))
 
     def _judge(self, latents: Tensor, prompts: list[str]) -> Tensor:
         images = self.net.decode(latents)
