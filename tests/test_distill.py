@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -60,6 +61,13 @@ def walk(net, solver, sigmas, **options):
     return torch.stack(states)
 
 
+def fixed_row(gram, num_points):
+    """`best_row` at scale 1, from the residuals alone."""
+    chosen, weights, scale = best_row(torch.nn.functional.pad(gram, (0, 1, 0, 1)), num_points, fit_scale=False)
+    assert scale == 1
+    return chosen, weights
+
+
 # ----------------------------------------------------------------------------
 # What is known is found.
 
@@ -67,7 +75,8 @@ def walk(net, solver, sigmas, **options):
 @pytest.mark.parametrize(("make_net", "tolerance"), [(Mixture, 1e-9), (ToyDenoiser, 1e-4)])
 def test_one_point_finds_the_midpoint_of_dpm2(make_net, tolerance):
     """DPM-Solver-2 takes its slope half way in log sigma, at r = 0.5, which is on a grid of 25."""
-    found = distill(make_net(), start_table(num_points=1), PROMPTS, SEEDS, DistillConfig("dpm2", teacher_steps=1))
+    options = DistillConfig("dpm2", teacher_steps=1, grid_points=25, fit_scale=False)
+    found = distill(make_net(), start_table(num_points=1), PROMPTS, SEEDS, options)
     assert (found.table.positions - 0.5).abs().max() < 1e-12
     assert torch.equal(found.table.weights, torch.ones(3, 1, dtype=F64))
     assert max(found.errors) < tolerance
@@ -88,7 +97,7 @@ def test_a_teacher_that_walks_by_a_table_is_matched(monkeypatch, num_points, tol
     start = start_table(num_points=num_points, afs=afs, sigma_min=1.0)
     states = walk(net, "epd", table_schedule(start, net), table=hidden, afs=afs)
     monkeypatch.setattr(distillation, "teacher_states", lambda *arguments: list(states))
-    found = distill(net, start, PROMPTS, SEEDS, DistillConfig(grid_points=13))
+    found = distill(net, start, PROMPTS, SEEDS, DistillConfig(grid_points=13, fit_scale=False))
     assert torch.equal(found.table.positions, hidden.positions)
     assert (found.table.weights - hidden.weights).abs().max() < tolerance
     assert max(found.errors) < 1e-5
@@ -113,25 +122,32 @@ def test_distilled_tables_end_nearer_to_the_exact_solution(num_points, gain):
 # Each part against plain code.
 
 
+@pytest.mark.parametrize("fit_scale", [False, True])
 @pytest.mark.parametrize("afs", [False, True])
 @pytest.mark.parametrize("teacher", ["ddim", "heun", "unipc"])
-def test_rows_and_errors_are_those_of_the_students_own_walk(teacher, afs):
+def test_rows_and_errors_are_those_of_the_students_own_walk(teacher, afs, fit_scale):
     """Each row is the best one from where the table itself leads, towards the teacher's state at the next node."""
     net, start = Mixture(), start_table(num_points=2, afs=afs)
-    found = distill(net, start, PROMPTS, SEEDS, DistillConfig(teacher, teacher_steps=5, grid_points=9))
+    found = distill(net, start, PROMPTS, SEEDS, DistillConfig(teacher, 5, grid_points=9, fit_scale=fit_scale))
     sigmas = table_schedule(start, net)
     goal = walk(net, teacher, get_schedule(16, 0.05, 10.0))[::5]
     own = walk(net, "epd", sigmas, table=found.table, afs=afs)
     grid, cond = torch.linspace(0.02, 0.98, 9, dtype=F64), net.encode_prompts(PROMPTS)
     for i in range(3):
         gram = residual_gram(net, own[i], goal[i + 1], sigmas[i : i + 2], cond, grid, afs and i == 0, 64)
-        chosen, weights = best_row(gram, 2)
+        chosen, weights, scale = best_row(gram, 2, fit_scale)
         assert torch.equal(found.table.positions[i], grid[chosen])
         assert torch.allclose(found.table.weights[i], weights, atol=1e-6)
+        assert found.table.scale_dir[i].tolist() == pytest.approx([scale] * 2)
+        assert (scale != 1) == fit_scale
         after, before = ((state - goal[i + 1]).flatten(1).norm(dim=1) for state in (own[i + 1], own[i]))
         assert found.errors[i] == pytest.approx(((after / before) ** 2).mean().sqrt().item(), rel=1e-6)
-        # The step's relative distance is the residual's: w^T gram w measures what the student will do.
-        assert found.errors[i] == pytest.approx((weights @ gram[chosen][:, chosen] @ weights).sqrt().item(), rel=1e-5)
+        # The step's relative distance is the residual's: what is minimised is what the student will do.
+        places, parts = (
+            [*chosen.tolist(), len(grid)],
+            torch.cat([scale * weights, torch.tensor([scale - 1], dtype=F64)]),
+        )
+        assert found.errors[i] == pytest.approx((parts @ gram[places][:, places] @ parts).sqrt().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("afs", [False, True])
@@ -141,7 +157,7 @@ def test_gram_is_the_mean_of_inner_products_of_residuals(max_rows, afs):
     x, target = net.start(4, 5.0), net.start(4, 2.0).flip(0)
     t, u = interval = torch.tensor([5.0, 2.0], dtype=F64)
     grid = torch.tensor([0.2, 0.5, 0.9], dtype=F64)
-    expected = torch.zeros(3, 3, dtype=F64)
+    expected = torch.zeros(4, 4, dtype=F64)
     for b in range(4):
         row, row_cond = x[b : b + 1], cond[b : b + 1]
         d = row / math.sqrt(1 + 5.0**2) if afs else net.slope(row, t, row_cond)
@@ -150,7 +166,8 @@ def test_gram_is_the_mean_of_inner_products_of_residuals(max_rows, afs):
         for r in grid:
             tau = u**r * t ** (1 - r)
             residuals.append(net.slope(row + (tau - t) * d, tau, row_cond) - way)
-        for r, s in itertools.product(range(3), range(3)):
+        residuals.append(way)
+        for r, s in itertools.product(range(4), range(4)):
             expected[r, s] += (residuals[r] * residuals[s]).sum() / way.norm() ** 2 / 4
     gram = residual_gram(net, x, target, interval, cond, grid, afs, max_rows)
     assert torch.allclose(gram, expected, rtol=1e-10, atol=1e-12)
@@ -171,25 +188,44 @@ def test_best_row_is_what_a_search_over_weights_finds(num_points, seed):
         lowest = errors.argmin()
         if errors[lowest] < best[0] and (candidates[lowest] >= 0.03).all():
             best = (errors[lowest].item(), subset, candidates[lowest])
-    chosen, weights = best_row(gram, num_points)
+    chosen, weights = fixed_row(gram, num_points)
     assert tuple(chosen.tolist()) == best[1]
     assert (weights - best[2]).abs().max() < 0.011
     error = (weights @ gram[chosen][:, chosen] @ weights).item()
     assert best[0] * 0.99 < error <= best[0] + 1e-10
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_points", [1, 2, 3])
+def test_scaled_rows_are_the_free_least_squares_fit(num_points, seed):
+    """Against numpy's least squares over every choice of slopes D = E + T, those with all weights large enough."""
+    random = torch.Generator().manual_seed(seed)
+    wanted = torch.randn(7, generator=random, dtype=F64)
+    slopes = wanted + 0.5 * torch.randn(6, 7, generator=random, dtype=F64)
+    rows = torch.cat([slopes - wanted, wanted[None]])
+    best = (math.inf,)
+    for subset in itertools.combinations(range(6), num_points):
+        free, *_ = np.linalg.lstsq(slopes[list(subset)].T.numpy(), wanted.numpy(), rcond=None)
+        error = float(((slopes[list(subset)].T.numpy() @ free - wanted.numpy()) ** 2).sum())
+        if abs(free.sum() - 1) <= 0.25 and (free / free.sum() >= 0.03).all() and error < best[0]:
+            best = (error, subset, free / free.sum(), free.sum())
+    chosen, weights, scale = best_row(rows @ rows.T, num_points, fit_scale=True)
+    assert tuple(chosen.tolist()) == best[1]
+    assert weights.tolist() == pytest.approx(best[2].tolist(), rel=1e-6) and scale == pytest.approx(best[3], rel=1e-6)
+
+
 def test_a_choice_with_a_small_weight_is_passed_over():
     """The first two meet exactly at weights 0.99 and 0.01; the first and third come within sqrt(0.2)."""
     residuals = torch.tensor([[1.0, 0.0], [-99.0, 0.0], [-1.0, 1.0]], dtype=F64)
-    chosen, weights = best_row(residuals @ residuals.T, 2)
+    chosen, weights = fixed_row(residuals @ residuals.T, 2)
     assert chosen.tolist() == [0, 2] and weights.tolist() == pytest.approx([0.6, 0.4])
 
 
 def test_slopes_that_coincide_and_fit_exactly_are_no_obstacle():
-    chosen, weights = best_row(torch.zeros(4, 4, dtype=F64), 2)
+    chosen, weights = fixed_row(torch.zeros(4, 4, dtype=F64), 2)
     assert len(set(chosen.tolist())) == 2 and torch.allclose(weights, torch.full((2,), 0.5, dtype=F64))
     residuals = torch.tensor([[3.0, 1.0], [0.0, 0.0], [0.0, 0.0], [2.0, 2.0]], dtype=F64)
-    assert best_row(residuals @ residuals.T, 2)[0].tolist() == [1, 2]
+    assert fixed_row(residuals @ residuals.T, 2)[0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("num_points", [2, 3, 5])
@@ -197,7 +233,7 @@ def test_more_points_than_the_residuals_need_keep_the_least_weight(num_points):
     """All residuals point one way, so that any second point takes from the best single one: it gets 0.03."""
     lengths = torch.tensor([5.0, 1.0, 2.0, 3.0, 4.0], dtype=F64)
     gram = lengths[:, None] * lengths
-    chosen, weights = best_row(gram, num_points)
+    chosen, weights = fixed_row(gram, num_points)
     assert chosen.tolist() == [*range(1, num_points + 1)] if num_points < 5 else [*range(5)]
     assert torch.allclose(weights.sort().values[:-1], torch.full((num_points - 1,), 0.03, dtype=F64))
     assert chosen[weights.argmax()] == 1 and weights.sum().item() == pytest.approx(1)
@@ -270,9 +306,12 @@ class LargestCall(Mixture):
         return super().slope(x, sigma, cond)
 
 
+@pytest.mark.parametrize(("fit_scale", "tolerance"), [(False, 1e-5), (True, 1e-3)])
 @pytest.mark.parametrize("num_points", [1, 2, 3])
-def test_rows_of_a_call_do_not_matter(num_points):
-    start, options = start_table(num_points=num_points), DistillConfig(teacher_steps=3, grid_points=9)
+def test_rows_of_a_call_do_not_matter(num_points, fit_scale, tolerance):
+    """Free lengths make slopes that are much alike harder to tell apart: the weights agree less, the errors as well."""
+    start = start_table(num_points=num_points)
+    options = DistillConfig(teacher_steps=3, grid_points=9, fit_scale=fit_scale)
     whole, again = (distill(Mixture(), start, PROMPTS, SEEDS, options) for _ in range(2))
     assert whole.table.sha256() == again.table.sha256() and whole.errors == again.errors
     for max_rows in (1, 3, 10):
@@ -280,7 +319,7 @@ def test_rows_of_a_call_do_not_matter(num_points):
         found = distill(net, start, PROMPTS, SEEDS, options, max_rows=max_rows)
         assert net.largest <= max_rows
         assert torch.equal(found.table.positions, whole.table.positions)
-        assert (found.table.weights - whole.table.weights).abs().max() < 1e-5
+        assert (found.table.weights - whole.table.weights).abs().max() < tolerance
         assert found.errors == pytest.approx(whole.errors, rel=1e-6)
 
 
@@ -450,6 +489,7 @@ def test_dry_run_prints_the_configuration(config_file, tmp_path):
         "teacher_steps": 2,
         "prompts": 32,
         "grid_points": 5,
+        "fit_scale": True,
     }
     again = tmp_path / "again.yaml"
     again.write_text(result.stdout)

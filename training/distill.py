@@ -1,8 +1,8 @@
 """Fit a solver table to the trajectory of a fine teacher, with no reward: `python -m training.distill`.
 
-Interval by interval, positions are searched on a grid and weights follow in closed form: the K slopes whose weighted
-mean leads from the student's own state closest to the teacher's next one. The student then makes that step itself, so
-that later intervals correct the errors of earlier ones.
+Interval by interval, positions are searched on a grid, weights and a scale follow in closed form: the K slopes whose
+weighted mean leads from the student's own state closest to the teacher's next one. The student then makes that step
+itself, so that later intervals correct the errors of earlier ones.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ Progress = Callable[[int, int], None]  # (network rows so far, rows in all)
 FORMATS = (".safetensors", ".json", ".pkl")  # training.table owns these, but needs torch
 FIRST_POSITION, LAST_POSITION = 0.02, 0.98  # of the grid: nearer to a node, points can hardly be told apart
 MIN_WEIGHT = 0.03  # a point with less is hardly used, and leaves PPO at the edge of the simplex
+MAX_SCALE_CHANGE = 0.25  # a fitted scale farther from 1 makes up for slopes that all point elsewhere
 MAX_SUBSETS = 20_000  # of grid positions that are tried in an interval
 MAX_ROWS = 64  # of a network call
 RIDGE = 1e-12  # a squared relative error that counts as none: keeps systems regular where slopes coincide
@@ -96,8 +97,8 @@ def distill(
             gram = residual_gram(watched, x, target, interval, cond, grid, afs, max_rows)
             if not gram.isfinite().all():
                 raise DistillError(f"interval {i + 1}: the states of model or teacher are no finite numbers")
-            chosen, weights = best_row(gram, start.num_points)
-            row = SolverTable(grid[chosen][None], weights[None])
+            chosen, weights, scale = best_row(gram, start.num_points, options.fit_scale)
+            row = SolverTable(grid[chosen][None], weights[None], torch.full_like(weights, scale)[None])
             reached = epd_sampler(watched, x, interval, cond, table=row, max_rows=max_rows, afs=afs)
             rows.append(row)
             errors.append(_relative_distance(reached, x, target))
@@ -201,11 +202,11 @@ def residual_gram(
     afs: bool,
     max_rows: int,
 ) -> Tensor:
-    """Gram matrix `[G, G]` (float64, CPU) of the residuals of one slope each: w^T gram w is the squared error of w.
+    """Gram matrix `[G+1, G+1]` (float64, CPU) of the residuals of one slope each, and of the slope wanted, last.
 
     The residual of position r is E_r = D_r - T: D_r the slope at that point of `interval` (two nodes), reached from
     `x [B, C, H, W]`, and T the slope that leads from x to `target`. Each image is divided by its norm of T, so that
-    none dominates; entries are means over images. Weights with sum 1 have the residual sum_r w_r E_r.
+    none dominates; entries are means over images. Weights w with sum s have the residual sum_r w_r E_r + (s - 1) T.
     """
     import torch
 
@@ -214,28 +215,39 @@ def residual_gram(
 
     candidates = SolverTable(grid[None], torch.full_like(grid, 1 / len(grid))[None])
     t, u = interval
-    gram = torch.zeros(len(grid), len(grid), dtype=torch.float64, device=x.device)
+    gram = torch.zeros(len(grid) + 1, len(grid) + 1, dtype=torch.float64, device=x.device)
     for rows in _parts(len(x), max(1, max_rows // len(grid))):
         slopes = epd_slopes(net, x[rows], interval, cond[rows], table=candidates, max_rows=max_rows, afs=afs)
         wanted = (target[rows].double() - x[rows].double()) / (u - t)
-        residual = slopes.double().flatten(2) - wanted.flatten(1)[:, None]  # [b, G, CHW]
-        residual = residual / wanted.flatten(1).norm(dim=1)[:, None, None]
-        stacked = residual.transpose(0, 1).flatten(1)  # [G, b*CHW]
+        wanted = wanted.flatten(1)[:, None]  # [b, 1, CHW]
+        residual = torch.cat([slopes.double().flatten(2) - wanted, wanted], dim=1)
+        residual = residual / wanted.norm(dim=2, keepdim=True)
+        stacked = residual.transpose(0, 1).flatten(1)  # [G+1, b*CHW]
         gram += stacked @ stacked.T / len(x)
     return gram.cpu()
 
 
-def best_row(gram: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
-    """The K positions and weights of least w^T gram w, sum 1 and no weight below MIN_WEIGHT: indices and weights `[K]`.
+def best_row(gram: Tensor, num_points: int, fit_scale: bool) -> tuple[Tensor, Tensor, float]:
+    """The positions, weights (sum 1) and common scale_dir of the K points whose step has the least error.
 
-    Choices of positions whose best weights include a smaller one are passed over. Where that leaves none, as happens
-    with three points, the small weights of every choice are raised to MIN_WEIGHT and its others found anew.
+    `gram [G+1, G+1]` as `residual_gram` gives it; returns indices and weights `[K]` and the scale, which is 1 unless
+    `fit_scale` asks for the best one within MAX_SCALE_CHANGE. No weight is below MIN_WEIGHT (half a fair share where
+    that is less). Choices of positions whose best weights include a smaller one are passed over. Where that leaves
+    none, as happens with three points, the small weights of every choice are raised to MIN_WEIGHT and its others found
+    anew, at scale 1.
     """
     import torch
 
     lowest = min(MIN_WEIGHT, 0.5 / num_points)
-    subsets = torch.tensor(list(itertools.combinations(range(len(gram)), num_points)))  # [S, K]
+    subsets = torch.tensor(list(itertools.combinations(range(len(gram) - 1), num_points)))  # [S, K]
     grams = gram[subsets[:, :, None], subsets[:, None, :]]  # [S, K, K]
+    if fit_scale:
+        extended = torch.nn.functional.pad(subsets, (0, 1), value=len(gram) - 1)
+        weights, scales, errors = best_scaled_weights(gram[extended[:, :, None], extended[:, None, :]])
+        errors[(weights < lowest).any(1) | ((scales - 1).abs() > MAX_SCALE_CHANGE)] = math.inf
+        best = errors.argmin()
+        if errors[best].isfinite():
+            return subsets[best], weights[best], scales[best].item()
     pinned = torch.zeros_like(subsets, dtype=torch.bool)
     weights = best_weights(grams, pinned, lowest)
     if not (weights >= lowest).all(1).any():
@@ -246,7 +258,33 @@ def best_row(gram: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
     errors = (weights[:, None] @ grams @ weights[..., None]).flatten()
     errors[(weights < lowest).any(1)] = math.inf
     best = errors.argmin()
-    return subsets[best], weights[best]
+    return subsets[best], weights[best], 1.0
+
+
+def best_scaled_weights(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of sum 1 `[S, K]`, scales `[S]` and squared errors `[S]` of the best steps whose length is free.
+
+    `grams [S, K+1, K+1]` of K residuals and T. A step of the weights v with sum s has the residual sum_k v_k E_k + c T
+    with c = s - 1: of all coefficients (v, c) with sum(v) - c = 1 the best are, as in `best_weights`, gram^-1 a /
+    (a^T gram^-1 a) with a = (1, ..., 1, -1).
+    """
+    import torch
+
+    ends = torch.ones(grams.shape[-1], dtype=grams.dtype)
+    ends[-1] = -1
+    coefficients = torch.linalg.solve(_ridged(grams), ends.expand(len(grams), -1))
+    coefficients = coefficients / (coefficients @ ends)[:, None]
+    errors = (coefficients[:, None] @ grams @ coefficients[..., None]).flatten()
+    scales = coefficients[:, :-1].sum(1)
+    return coefficients[:, :-1] / scales[:, None], scales, errors
+
+
+def _ridged(grams: Tensor) -> Tensor:
+    """`grams [S, K, K]` with RIDGE of their largest diagonal entry (of 1, if that is more) added to the diagonals."""
+    import torch
+
+    ridge = RIDGE * max(1.0, grams.diagonal(dim1=1, dim2=2).max().item())
+    return grams + ridge * torch.eye(grams.shape[-1], dtype=grams.dtype)
 
 
 def best_weights(grams: Tensor, pinned: Tensor, lowest: float) -> Tensor:
@@ -258,8 +296,7 @@ def best_weights(grams: Tensor, pinned: Tensor, lowest: float) -> Tensor:
     import torch
 
     eye = torch.eye(grams.shape[-1], dtype=grams.dtype)
-    ridge = RIDGE * max(1.0, grams.diagonal(dim1=1, dim2=2).max().item())
-    system = torch.where(pinned[..., None], eye, grams + ridge * eye)
+    system = torch.where(pinned[..., None], eye, _ridged(grams))
     sides = torch.stack([~pinned, pinned], -1).to(grams.dtype)
     free, fixed = torch.linalg.solve(system, sides).unbind(-1)
     weights = lowest * fixed + (1 - lowest * fixed.sum(1, keepdim=True)) / free.sum(1, keepdim=True) * free
@@ -395,7 +432,9 @@ def summary(distilled: Distilled) -> list[str]:
             " ".join(f"{value:.3f}" for value in array[i].tolist())
             for array in (distilled.table.positions, distilled.table.weights)
         )
-        lines.append(f"interval {i + 1}: relative error {error:.4f}, positions {positions}, weights {weights}")
+        scale = distilled.table.scale_dir[i, 0].item()
+        numbers = f"positions {positions}, weights {weights}, scale {scale:.3f}"
+        lines.append(f"interval {i + 1}: relative error {error:.4f}, {numbers}")
     return lines
 
 

@@ -58,6 +58,7 @@ class DistillConfig:
     teacher_steps: int = 8  # its intervals within each interval of the table
     prompts: int = 16  # training prompts, one noise each
     grid_points: int = 13  # positions tried in every interval
+    fit_scale: bool = True  # fit scale_dir, one number for each interval, too
 
 
 @dataclass
