@@ -18,6 +18,7 @@ none        nothing: only --merge, and write the tables and the plot again
 \b
 a  guidance 7.5, 5 intervals, K=2         c  guidance 3, 5 intervals, K=2
 b  guidance 7.5, 10 intervals, K=2        d  guidance 7.5, 5 intervals, K=3, scales trained
+e  like a, on the logsnr grid (the others: discrete)
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ BENCHMARK = Benchmark(
 
 @click.command(help=__doc__, context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--parts", metavar="LIST", default="all", help="What to measure: all, none, or some of the above")
-@click.option("--settings", metavar="LIST", default="all", help="In which settings: all, or some of a, b, c, d")
+@click.option("--settings", metavar="LIST", default="all", help="In which settings: all, or some of a to e")
 @click.option("--seeds", metavar="INT", type=click.IntRange(1), default=5, help="Runs of every line")
 @click.option("--first-seed", metavar="INT", type=click.IntRange(0), default=0, help="Seed of the first of them")
 @click.option("--images", metavar="INT", type=click.IntRange(1), default=2048, help="Training images of a run")

@@ -30,6 +30,7 @@ class Setting:
     num_steps: int  # nodes
     num_points: int = 2
     scales: bool = False  # train scale_dir and scale_time too
+    schedule: str = "discrete"  # type of the grid of noise levels, rho 1
 
     @property
     def intervals(self) -> int:
@@ -38,7 +39,8 @@ class Setting:
     @property
     def title(self) -> str:
         scales = ", scales trained" if self.scales else ""
-        return f"guidance {self.guidance:g}, {self.intervals} intervals, K={self.num_points}{scales}"
+        grid = "" if self.schedule == "discrete" else f", {self.schedule}"
+        return f"guidance {self.guidance:g}, {self.intervals} intervals, K={self.num_points}{scales}{grid}"
 
     def overrides(self) -> list[str]:
         return [
@@ -46,6 +48,7 @@ class Setting:
             f"evaluation.prompt_file={EVAL_PROMPTS}",
             "model.dataset_name=emoji",
             f"model.guidance_rate={self.guidance}",
+            f"model.schedule_type={self.schedule}",
             f"model.num_steps={self.num_steps}",
             f"model.num_points={self.num_points}",
             f"reward.type={REWARD}",
@@ -62,6 +65,7 @@ SETTINGS = {
         Setting("b", guidance=7.5, num_steps=11),
         Setting("c", guidance=3.0, num_steps=6),
         Setting("d", guidance=7.5, num_steps=6, num_points=3, scales=True),
+        Setting("e", guidance=7.5, num_steps=6, schedule="logsnr"),
     )
 }
 

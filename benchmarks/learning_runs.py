@@ -114,7 +114,7 @@ def part_settings(part: str, setting: Setting, images: int, bench: Workbench) ->
         "num_steps": setting.num_steps,
         "num_points": setting.num_points,
         "scales": setting.scales,
-        "schedule": "discrete, rho 1",
+        "schedule": f"{setting.schedule}, rho 1",
         "precision": "float32" if part == "time" else bench.precision,
         "images": images,
         "training_prompts": TRAIN_PROMPTS,

@@ -104,15 +104,26 @@ def test_the_first_evaluation_is_the_best_and_has_nothing_to_compare_with():
     assert verdict.reward is None and verdict.held_out is None
 
 
-def test_the_best_follows_the_held_out_metric_and_ties_keep_the_first():
+def test_the_best_follows_the_held_out_metric_beyond_its_noise():
     guard = started()
-    assert not guard.judge(1, scores(moved(UP), START)).is_best
-    assert guard.best_step == 0
-    assert guard.judge(2, scores(moved(UP, -1), moved(NOISE))).is_best  # higher is enough, significant or not
-    assert guard.best_step == 2
-    assert not guard.judge(3, scores(moved(UP), moved(UP, -1))).is_best
-    assert not guard.judge(4, scores(START, list(reversed(moved(NOISE))))).is_best  # the same mean
-    assert guard.best_step == 2
+    assert guard.judge(1, scores(moved(UP), moved(NOISE, -1))).is_best  # the reward clearly higher, the other not lower
+    assert (guard.best_step, guard.peak_step) == (1, 0)
+    assert not guard.judge(2, scores(moved(UP), START)).is_best  # no more reward than the best, no more than the peak
+    assert guard.judge(3, scores(moved(UP, -1), moved(NOISE))).is_best  # a new peak, whatever the reward
+    assert (guard.best_step, guard.peak_step) == (3, 3)
+    assert not guard.judge(4, scores(moved(UP), moved([0.2, 0.3, 0.2, 0.3], -1))).is_best  # clearly below the peak
+    assert not guard.judge(5, scores(moved(UP, -1), list(reversed(moved(NOISE))))).is_best  # the same mean
+    assert (guard.best_step, guard.peak_step) == (3, 3)
+
+
+def test_small_falls_do_not_add_up():
+    """Each is lost in the noise of the one before, but what counts is the distance to the peak."""
+    guard, best = started(), []
+    for step in range(1, 5):
+        held_out = moved([0.01 * step * (1 + 0.2 * (-1) ** n) for n in range(4)], -1)
+        reward = moved([0.1 * step + 0.001 * gap for gap in UP])
+        best.append(guard.judge(step, scores(reward, [a + 0.03 * b for a, b in zip(held_out, NOISE, strict=True)])))
+    assert not any(verdict.is_best for verdict in best) and guard.best_step == 0
 
 
 def test_differences_are_to_the_best_not_to_the_last_evaluation():

@@ -131,7 +131,8 @@ def test_pathwise_learns_the_toy_and_resumes(toy, tmp_path):
 
 
 def test_the_best_policy_is_kept(toy, tmp_path):
-    run_toy(toy, "never", ["ppo.steps=6", "ppo.learning_rate=2.0", "evaluation.interval=1"])
+    wild = ["ppo.learning_rate=2.0", "ppo.learning_rate_schedule=constant", "ppo.concentration_end=null"]
+    run_toy(toy, "never", ["ppo.steps=6", "evaluation.interval=1", *wild])
     directory = only_run(tmp_path)
     evaluations = lines(directory.evaluations)
     best = max(evaluations, key=lambda record: record["toy_spread_mean"])
@@ -376,7 +377,7 @@ def test_a_resumed_run_knows_the_best_so_far(toy, tmp_path):
     run_toy(toy, "never", [])
     directory = only_run(tmp_path)
     unreachable = {"reward": torch.ones(6, dtype=torch.float64), "toy_spread": torch.ones(6, dtype=torch.float64)}
-    guard = {"best_step": 2, "best_scores": unreachable, "consecutive": 0}
+    guard = {"best_step": 2, "best_scores": unreachable, "peak_step": 2, "peak_scores": unreachable, "consecutive": 0}
     save_checkpoint(directory.checkpoint(4), {**final_state(directory), "guard": guard})
     kept = directory.best_checkpoint.read_bytes()
     run_toy(toy, str(directory.path), ["ppo.steps=6"])

@@ -15,7 +15,7 @@ REWARD = "reward"  # the key of the trained reward's scores
 
 @dataclass(frozen=True)
 class Difference:
-    """An evaluation minus the best one before it: mean over the prompts and its paired 95 % interval."""
+    """An evaluation minus an earlier one: mean over the prompts and its paired 95 % interval."""
 
     mean: float
     half_width: float | None  # >= 0; None where a single prompt gives no interval
@@ -43,17 +43,23 @@ class Verdict:
     diverging: bool
     consecutive: int  # diverging evaluations in a row, this one included; 0 where it is not diverging
     message: str | None  # one sentence where it is diverging
-    reward: Difference | None  # to the best evaluation before this one; None at the first
+    reward: Difference | None  # to the peak before this evaluation; None at the first
     held_out: Difference | None  # likewise; None without a held-out metric, too
 
 
 class HackingGuard:
-    """Judges every evaluation against the best one so far, the one whose held-out mean is highest (ties: the first).
+    """Judges every evaluation against the peak so far, the one whose held-out mean is highest (ties: the first).
 
-    An evaluation is diverging when the trained reward is significantly higher than at the best one and the held-out
-    metric significantly lower: both 95 % intervals (Student's t) of the per-prompt differences exclude 0. Prompts and
-    noise are the same at every evaluation, so the spread between prompts cancels. Several held-out metrics: the first
-    counts. None: the best is the one with the highest reward, and nothing is ever diverging.
+    Diverging: the trained reward is significantly higher than at the peak and the held-out metric significantly lower;
+    both 95 % intervals (Student's t) of the per-prompt differences exclude 0. Prompts and noise are the same at every
+    evaluation, so the spread between prompts cancels.
+
+    Best: a new peak, or an evaluation whose reward is significantly higher than the best one's while its held-out
+    metric is not significantly lower than the peak's. The highest mean alone would as often follow the evaluation's
+    noise as the tables.
+
+    Several held-out metrics: the first counts. None: the best is the one with the highest reward, and nothing is ever
+    diverging.
     """
 
     def __init__(self, reward_name: str, metrics: Sequence[str]):
@@ -62,44 +68,58 @@ class HackingGuard:
         self.held_out = metrics[0] if metrics else None
         self.best_step: int | None = None
         self.best_scores: dict[str, Tensor] = {}
+        self.peak_step: int | None = None
+        self.peak_scores: dict[str, Tensor] = {}
         self.consecutive = 0
 
     def judge(self, step: int, scores: dict[str, Tensor]) -> Verdict:
-        """Judge the evaluation after `step` steps and remember it if it is the best.
+        """Judge the evaluation after `step` steps and remember it if it is the best or the peak.
 
         `scores` as in `Evaluation.scores`: `[M]` finite float64 by metric, prompt by prompt the same M at every call;
         higher is better. Raises `ValueError` for another M.
         """
-        watched = {name: scores[name] for name in (REWARD, self.held_out) if name is not None}
-        differences = {name: difference(watched[name], best) for name, best in self.best_scores.items()}
+        # Clones: the scores are columns of one matrix, and a checkpoint would hold all of it for each.
+        watched = {name: scores[name].clone() for name in (REWARD, self.held_out) if name is not None}
+        differences = {name: difference(watched[name], peak) for name, peak in self.peak_scores.items()}
         reward, held_out = differences.get(REWARD), differences.get(self.held_out)
-        # The means that the log shows, so that the best is the first highest line of it.
-        leader = self.held_out or REWARD
-        is_best = not self.best_scores or bool(scores[leader].mean() > self.best_scores[leader].mean())
+        leading = reward if self.held_out is None else held_out
+        is_peak = leading is None or leading.mean > 0
         diverging = reward is not None and held_out is not None and reward.is_rise and held_out.is_fall
         self.consecutive = self.consecutive + 1 if diverging else 0
         message = self._message(step, reward, held_out, len(scores[REWARD])) if diverging else None
+        gained = held_out is not None and difference(watched[REWARD], self.best_scores[REWARD]).is_rise
+        is_best = is_peak or (gained and not held_out.is_fall)
+        if is_peak:
+            self.peak_step, self.peak_scores = step, watched
         if is_best:
-            self.best_step = step
-            # Clones: the scores are columns of one matrix, and a checkpoint would hold all of it for each.
-            self.best_scores = {name: values.clone() for name, values in watched.items()}
+            self.best_step, self.best_scores = step, watched
         return Verdict(is_best, diverging, self.consecutive, message, reward, held_out)
 
     def _message(self, step: int, reward: Difference, held_out: Difference, prompts: int) -> str:
         return (
-            f"step {step}: {self.reward_name} rose by {reward} over step {self.best_step}, but {self.held_out} fell by "
+            f"step {step}: {self.reward_name} rose by {reward} over step {self.peak_step}, but {self.held_out} fell by "
             f"{held_out} (95 % intervals, {prompts} prompts): the policy exploits the reward; use "
             f"policy-best.pt, which keeps step {self.best_step}"
         )
 
+    def summary(self) -> str:
+        """One sentence on the best evaluation, of which there must have been one."""
+        return f"policy-best.pt keeps step {self.best_step}, the best by {self.held_out or self.reward_name}"
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep: numbers and CPU tensors in dictionaries."""
-        return {"best_step": self.best_step, "best_scores": dict(self.best_scores), "consecutive": self.consecutive}
+        return {
+            "best_step": self.best_step,
+            "best_scores": dict(self.best_scores),
+            "peak_step": self.peak_step,
+            "peak_scores": dict(self.peak_scores),
+            "consecutive": self.consecutive,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on as the guard did that gave `state`, under the same metrics."""
-        self.best_step = state["best_step"]
-        self.best_scores = dict(state["best_scores"])
+        self.best_step, self.best_scores = state["best_step"], dict(state["best_scores"])
+        self.peak_step, self.peak_scores = state["peak_step"], dict(state["peak_scores"])
         self.consecutive = state["consecutive"]
 
 

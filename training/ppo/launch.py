@@ -105,6 +105,8 @@ def train(config: Config, inputs: Inputs, models: Models, resume: str) -> int:
             trainer.resume(checkpoint)
         distributed.print0(f"run folder {directory.path}, {trainer.step} of {config.ppo.steps} steps done")
         signum = trainer.train(stop)
+        if trainer.guard.best_step is not None:
+            distributed.print0(trainer.guard.summary())
         # Rank 0 is still writing when the others are done: a Gloo group that is left early can abort the leaver.
         distributed.barrier()
         distributed.print0(directory.path, file=sys.stdout)
