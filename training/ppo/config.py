@@ -329,6 +329,10 @@ def check_values(config: Config) -> None:
         raise ConfigError(
             f"evaluation.metrics holds {config.reward.type}, the trained reward, which is always reported"
         )
+    if config.evaluation.on_divergence == "stop" and not (config.evaluation.metrics and config.evaluation.interval):
+        raise ConfigError(
+            "evaluation.on_divergence=stop needs a held-out metric in evaluation.metrics and evaluation.interval above 0"
+        )
     _check_batch(config.ppo)
     model = config.model
     if model.sigma_min is not None and model.sigma_max is not None and model.sigma_min >= model.sigma_max:
