@@ -331,7 +331,7 @@ def check_values(config: Config) -> None:
         )
     if config.evaluation.on_divergence == "stop" and not (config.evaluation.metrics and config.evaluation.interval):
         raise ConfigError(
-            "evaluation.on_divergence=stop needs a held-out metric in evaluation.metrics and evaluation.interval above 0"
+            "evaluation.on_divergence=stop needs a held-out metric in evaluation.metrics and evaluations (interval > 0)"
         )
     _check_batch(config.ppo)
     model = config.model
