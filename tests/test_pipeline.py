@@ -105,7 +105,7 @@ def test_learned_table_differs_and_its_formats_agree(pipeline):
     assert (pkl.positions - start.positions).abs().max() > 1e-3
     torch.testing.assert_close(pkl.positions, safe.positions, rtol=0, atol=1e-6)
     torch.testing.assert_close(pkl.weights, safe.weights, rtol=0, atol=1e-6)
-    assert (safe.dataset_name, safe.guidance_rate, safe.schedule_type) == ("emoji", 7.5, "discrete")
+    assert (safe.dataset_name, safe.guidance_rate, safe.schedule_type) == ("emoji", 7.5, "logsnr")
 
 
 def test_comparison_table(pipeline):
