@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_utils.seeds import derive_seed
 from training.ppo.config import Config, PPOConfig
 from training.ppo.losses import ratio_statistics
-from training.ppo.policy import MIN_SHARE, EPDParamPolicy, PolicySample
+from training.ppo.policy import MIN_SHARE, EPDParamPolicy, PolicySample, create_policy
 from training.ppo.rdpo import RDPO
 from training.ppo.rl_runner import Draw, EPDRolloutRunner, PromptOrder, Rollout
 from training.table import SolverTable
@@ -23,19 +23,9 @@ STRATA = 4
 MIN_SPREAD = 1e-4  # of a group's rewards; a smaller one counts as this
 
 
-def variant_policy(kind: type[EPDParamPolicy], config: Config, start: SolverTable) -> EPDParamPolicy:
-    """A policy of `kind` as `create_policy` makes it."""
-    policy = kind(
-        start,
-        concentration=config.ppo.dirichlet_concentration,
-        hidden_dim=config.policy.hidden_dim,
-        num_layers=config.policy.num_layers,
-        parameterization=config.policy.parameterization,
-        scale_std=config.ppo.scale_std,
-        train_scale_dir=config.ppo.train_scale_dir,
-        train_scale_time=config.ppo.train_scale_time,
-        seed=derive_seed(config.run.seed, "policy"),
-    )
+def variant_policy(kind: type[GroupedPolicy], config: Config, start: SolverTable) -> GroupedPolicy:
+    """A policy of `kind` that knows the size of the configuration's groups."""
+    policy = create_policy(config, start, kind)
     policy.group_size = config.ppo.rloo_k
     return policy
 

@@ -74,8 +74,7 @@ def distill(
 
     from solver_utils import check_nodes
     from solvers import SOLVERS, epd_sampler
-    from torch_utils.seeds import noise
-    from training.generate import table_schedule
+    from training.generate import initial_latents, table_schedule
     from training.solver_table import ARRAYS, SolverTable
 
     plan = teacher_plan(start, options)
@@ -87,9 +86,7 @@ def distill(
 
     rows, errors = [], []
     with torch.no_grad():
-        cond = net.encode_prompts(list(prompts))
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        x = net.initial_state(noise(seeds, shape).to(net.device), nodes[0])
+        x, cond = initial_latents(net, list(prompts), list(seeds), nodes)
         states = teacher_states(SOLVERS[plan.solver], watched, x, fine, options.teacher_steps, cond, max_rows)
         x = states[0]
         for i, target in enumerate(states[1:]):

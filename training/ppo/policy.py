@@ -284,9 +284,9 @@ class EPDParamPolicy(nn.Module):
         return pairs
 
 
-def create_policy(config: Config, start: SolverTable) -> EPDParamPolicy:
-    """The untrained policy that a configuration describes, around the table `start`."""
-    return EPDParamPolicy(
+def create_policy(config: Config, start: SolverTable, kind: type[EPDParamPolicy] = EPDParamPolicy) -> EPDParamPolicy:
+    """The untrained policy that a configuration describes, around the table `start`; `kind` draws in its own way."""
+    return kind(
         start,
         concentration=config.ppo.dirichlet_concentration,
         hidden_dim=config.policy.hidden_dim,
