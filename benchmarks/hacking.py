@@ -22,7 +22,7 @@ from torch_utils.checkpoint import atomic_file, atomic_write_text
 from torch_utils.errors import UserError, user_errors
 from training.ppo.config import Config, check_files, flatten, load_config
 from training.ppo.inputs import Inputs, split_prompts, start_table
-from training.ppo.launch import Models, train
+from training.ppo.launch import Models, load_backbone, train
 from training.ppo.reward_base import check_inputs
 from training.ppo.reward_multi import create_reward
 from training.ppo.run_dir import RunDirectory
@@ -79,19 +79,10 @@ def hacking_config(outdir: Path, steps: int, start: Path | None, overrides: Sequ
 
 def train_hacked(config: Config, device: str) -> int:
     """Train in a new run folder; returns the number of the signal that ended the run early, or 0."""
-    from training.denoisers import create_model
-
     distributed.init(device)
     try:
-        where, model, batch_size = distributed.device(), config.model, config.reward.batch_size
-        net = create_model(
-            model.dataset_name,
-            model.guidance_type,
-            model.guidance_rate,
-            device=where,
-            model_path=model.model_path,
-            precision=model.precision,
-        )
+        where, batch_size = distributed.device(), config.reward.batch_size
+        net = load_backbone(config)
         models = Models(net, SaturationReward(), [create_reward(HELD_OUT, device=where, batch_size=batch_size)])
         return train(config, Inputs(start_table(config), *split_prompts(config)), models, "never")
     finally:

@@ -56,21 +56,29 @@ def launch(config: Config, resume: str, device: str) -> int:
         distributed.shutdown()
 
 
-def load_models(config: Config) -> Models:
-    """Backbone, reward and evaluation metrics on this process's device."""
+def load_backbone(config: Config) -> Denoiser:
+    """The model of `model.*` on this process's device."""
     from torch_utils import distributed
     from training.denoisers import create_model
-    from training.ppo.reward_multi import create_reward
 
-    model, reward, device = config.model, config.reward, distributed.device()
-    net = create_model(
+    model = config.model
+    return create_model(
         model.dataset_name,
         model.guidance_type,
         model.guidance_rate,
-        device=device,
+        device=distributed.device(),
         model_path=model.model_path,
         precision=model.precision,
     )
+
+
+def load_models(config: Config) -> Models:
+    """Backbone, reward and evaluation metrics on this process's device."""
+    from torch_utils import distributed
+    from training.ppo.reward_multi import create_reward
+
+    reward, device = config.reward, distributed.device()
+    net = load_backbone(config)
     trained = create_reward(
         reward.type,
         weights=reward.weights_path,
