@@ -8,9 +8,10 @@ settings or other code is left alone unless --overwrite says so.
 \b
 references  DDIM and other solvers without table on the evaluation prompts
 curves      every algorithm from the cold-start table and from a distilled one
-variants    RDPO with one thing changed each (setting a)
+schedules   RDPO with other schedules of exploration and learning rate (settings a, d, e)
+variants    RDPO and pathwise with one thing changed each (settings a, e)
 starts      RDPO and pathwise from other start tables
-robustness  RDPO with 8 to 512 images a step (settings a, c)
+robustness  both with 8 to 512 images a step (settings a, c)
 transfer    the best tables of curves under other conditions (setting a)
 time        seconds per training image, one run alone (setting a)
 none        nothing: only --merge, and write the tables and the plot again
@@ -29,8 +30,8 @@ from pathlib import Path
 
 import click
 
-from benchmarks.learning_lines import PARTS, SETTINGS, TRAINED, Line, choose, jobs
-from benchmarks.results import Benchmark, Results
+from benchmarks.learning_lines import PARTS, SETTINGS, TRAINED, Line, jobs
+from benchmarks.results import Benchmark, Results, choose
 from benchmarks.solvers import make_folder, parse_device
 from torch_utils.errors import UserError, user_errors
 
@@ -57,7 +58,9 @@ BENCHMARK = Benchmark(
 @click.option(
     "--lines", metavar="LIST", default="", help="Only these lines, by label, separated by ;", show_default="all"
 )
-@click.option("--starts", metavar="LIST", default="", help="Only from these start tables", show_default="all")
+@click.option(
+    "--starts", metavar="LIST", default="", help="Only from these start tables, separated by ;", show_default="all"
+)
 @click.option("--eval-prompts", metavar="INT", type=click.IntRange(1, 300), default=128, help="Held-out prompts")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option(
@@ -123,17 +126,15 @@ def main(
 def line_filter(todo: Sequence[tuple], lines: str, starts: str) -> Callable[[Line], bool]:
     """Whether a line is to be measured. Raises UserError for a label or start that no part of `todo` has."""
     known = [line for part, setting in todo for line in (TRAINED[part](setting) if part in TRAINED else [])]
-    labels = _names("--lines", lines, ";", {line.label for line in known})
-    tables = _names("--starts", starts, ",", {line.start for line in known})
+    labels = _names("--lines", lines, {line.label for line in known})
+    tables = _names("--starts", starts, {line.start for line in known})
     return lambda line: (not labels or line.label in labels) and (not tables or line.start in tables)
 
 
-def _names(option: str, text: str, separator: str, known: set[str]) -> set[str]:
-    names = {name.strip() for name in text.split(separator) if name.strip()}
+def _names(option: str, text: str, known: set[str]) -> set[str]:
+    names = {name.strip() for name in text.split(";") if name.strip()}
     for name in sorted(names - known):
-        raise UserError(
-            f"{option}: no chosen part has '{name}'; there are {f'{separator} '.join(sorted(known)) or 'none'}"
-        )
+        raise UserError(f"{option}: no chosen part has '{name}'; there are {'; '.join(sorted(known)) or 'none'}")
     return names
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from training.ppo.intervals import summarize
 
 FAILED_SHARE = 0.1
-TRAINED_PARTS = ("curves", "variants", "starts", "robustness")
+TRAINED_PARTS = ("curves", "schedules", "variants", "starts", "robustness")
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 
 from omegaconf import OmegaConf
 
-from torch_utils.errors import UserError
 from training.ppo.config import Config, check_values, flatten
 
 TRAIN_PROMPTS = "src/prompts/emoji_train.txt"
 EVAL_PROMPTS = "src/prompts/emoji_eval.txt"
 REWARD, HELD_OUT = "emoji_reward", "emoji_heldout"
 VARIANT_IMAGES = 1024  # budget of the part "variants"
-ROBUSTNESS_STEPS = 40
+ROBUSTNESS_STEPS = 20
 PILOT_PROMPTS = 256  # training prompts whose difficulty is measured before training, where prompts are stratified
 
 
@@ -103,7 +102,10 @@ REFERENCE = (
     *("ppo.dirichlet_concentration=20", "ppo.concentration_end=null"),
 )
 CMAES = ("ppo.rollout_batch_size=64", "ppo.rloo_k=16")  # 16 tables on 4 prompts
-HALVING = ("ppo.rollout_batch_size=32", "ppo.rloo_k=16")  # a round begins with 16 tables
+# A round begins with 16 tables.
+HALVING = ("ppo.rollout_batch_size=32", "ppo.rloo_k=16", "ppo.dirichlet_concentration=20")
+# RDPO from a distilled table, as the Stable Diffusion presets have it; the defaults are for the cold start.
+NEAR = ("ppo.dirichlet_concentration=50", "ppo.concentration_end=null")
 PATHWISE = {
     "cold": ("ppo.rollout_batch_size=8", "ppo.rloo_k=2", "pathwise.learning_rate=0.4"),
     "distilled": ("ppo.rollout_batch_size=8", "ppo.rloo_k=2", "pathwise.learning_rate=0.03"),
@@ -112,6 +114,7 @@ SCALE_DIR = ("ppo.train_scale_dir=true",)
 NO_SCALES = ("ppo.train_scale_dir=false", "ppo.train_scale_time=false")
 PATHWISE_IMAGES = {"cold": 512, "distilled": 256}  # budgets: a gradient costs three images' time or more
 SHORT = 512  # images of the RDPO lines that must be done early
+LONG = 1024  # of the pathwise line that may take its time
 ALL_SCALES = ("ppo.train_scale_dir=true", "ppo.train_scale_time=true")
 
 
@@ -122,22 +125,29 @@ def curve_lines(setting: Setting) -> list[Line]:
     if full:
         lines += [Line("halving", "halving", overrides=HALVING), Line(f"rdpo, {SHORT} images", images=SHORT)]
         lines.append(_pathwise("pathwise", "cold"))
-    distilled = [Line("rdpo"), Line(f"rdpo, {SHORT} images", images=SHORT)]
+    distilled = [_near("rdpo, near"), Line("rdpo")]
     if full:
+        distilled.append(_near(f"rdpo, near, {SHORT} images", images=SHORT))
         distilled.append(Line("cmaes", "cmaes, near", overrides=CMAES))
     if setting.scales:
         distilled += [_pathwise("pathwise", "distilled"), _pathwise("pathwise, no scales", "distilled", NO_SCALES)]
     else:
-        distilled.append(Line("rdpo, scale_dir", overrides=SCALE_DIR))
+        distilled.append(_near("rdpo, near, scale_dir", SCALE_DIR))
         distilled.append(_pathwise("pathwise, scale_dir", "distilled", SCALE_DIR))
+        batch = (*SCALE_DIR, "ppo.rollout_batch_size=32")
+        distilled.append(_pathwise(f"pathwise, scale_dir, {LONG} images", "distilled", batch, LONG))
         if setting.intervals < 10:
             distilled.append(_pathwise("pathwise", "distilled"))
             distilled.append(_pathwise("pathwise, all scales", "distilled", ALL_SCALES))
     return lines + [replace(line, start="distilled") for line in distilled]
 
 
-def _pathwise(label: str, start: str, overrides: tuple[str, ...] = ()) -> Line:
-    return Line(label, "pathwise", start, (*PATHWISE[start], *overrides), PATHWISE_IMAGES[start])
+def _near(label: str, overrides: tuple[str, ...] = (), images: int | None = None) -> Line:
+    return Line(label, start="distilled", overrides=(*NEAR, *overrides), images=images)
+
+
+def _pathwise(label: str, start: str, overrides: tuple[str, ...] = (), images: int | None = None) -> Line:
+    return Line(label, "pathwise", start, (*PATHWISE[start], *overrides), images or PATHWISE_IMAGES[start])
 
 
 CHANGES = {
@@ -147,24 +157,16 @@ CHANGES = {
     "concentration 20": ("ppo.dirichlet_concentration=20", "ppo.concentration_end=null"),
     "concentration 50": ("ppo.dirichlet_concentration=50", "ppo.concentration_end=null"),
     "concentration 100": ("ppo.dirichlet_concentration=100", "ppo.concentration_end=null"),
-    "concentration 10 to 60": ("ppo.dirichlet_concentration=10", "ppo.concentration_end=60"),
     "concentration 100, learning rate 0.05": (
         *("ppo.dirichlet_concentration=100", "ppo.concentration_end=null"),
         "ppo.learning_rate=0.05",
     ),
-    "concentration 10 to 60, learning rate 0.2": (
-        *("ppo.dirichlet_concentration=10", "ppo.concentration_end=60"),
-        "ppo.learning_rate=0.2",
-    ),
-    "concentration 20 to 100": ("ppo.dirichlet_concentration=20", "ppo.concentration_end=100"),
+    "concentration 50 to 200": ("ppo.dirichlet_concentration=50", "ppo.concentration_end=200"),
+    "learning rate 0.05": ("ppo.learning_rate=0.05",),
+    "learning rate 0.2": ("ppo.learning_rate=0.2",),
     "mlp, learning rate 0.005": ("policy.parameterization=mlp", "ppo.learning_rate=0.005"),
     "rloo_k 2": ("ppo.rloo_k=2",),
-    "rloo_k 4": ("ppo.rloo_k=4",),
     "rloo_k 8": ("ppo.rloo_k=8",),
-    "rloo_k 16": ("ppo.rloo_k=16",),
-    "learning rate 0.05": ("ppo.learning_rate=0.05",),
-    "learning rate 0.1": ("ppo.learning_rate=0.1",),
-    "learning rate 0.2": ("ppo.learning_rate=0.2",),
 }
 # Those that are not configuration: algorithm of learning_variants -> overrides that belong to it.
 EXTENSIONS = {
@@ -179,65 +181,114 @@ EXTENSIONS = {
 }
 
 
+# Of pathwise with trained scale_dir, from the distilled table.
+PATHWISE_CHANGES = {
+    "learning rate 0.01": ("pathwise.learning_rate=0.01",),
+    "learning rate 0.1": ("pathwise.learning_rate=0.1",),
+    "16 images a step": ("ppo.rollout_batch_size=16",),
+    "32 images a step": ("ppo.rollout_batch_size=32",),
+}
+
+
 def variant_lines(setting: Setting) -> list[Line]:
-    """RDPO at its defaults, and with one thing changed each; a change that changes nothing is left out."""
+    """RDPO at its defaults, and with one thing changed each; a change that changes nothing is left out. The same for
+    pathwise."""
     lines = []
-    for start in ("cold", "distilled"):
-        base = Line("rdpo", start=start, images=VARIANT_IMAGES)
+    for base in (Line("rdpo"), _near("rdpo, near")):
+        base = replace(base, images=VARIANT_IMAGES)
         lines.append(base)
         settled = _values(setting, base)
         for label, overrides in CHANGES.items():
-            line = replace(base, label=label, overrides=overrides)
+            line = replace(base, label=label, overrides=(*base.overrides, *overrides))
             if _values(setting, line) != settled:
                 lines.append(line)
-        lines += [replace(base, label=name, algorithm=name, overrides=extra) for name, extra in EXTENSIONS.items()]
-    return lines
+        lines += [
+            replace(base, label=name, algorithm=name, overrides=(*base.overrides, *extra))
+            for name, extra in EXTENSIONS.items()
+        ]
+    cold, distilled = _pathwise("pathwise", "cold"), _pathwise("pathwise", "distilled", SCALE_DIR)
+    lines += [cold, distilled]
+    for label, overrides in PATHWISE_CHANGES.items():
+        lines.append(replace(distilled, label=f"pathwise, {label}", overrides=(*distilled.overrides, *overrides)))
+    return lines + [replace(line, label="pathwise, plain mean", algorithm="plain mean") for line in (cold, distilled)]
 
 
 def _values(setting: Setting, line: Line) -> dict[str, object]:
     return flatten(run_config(setting, line, seed=0, images=VARIANT_IMAGES, eval_prompts=1))
 
 
-STARTS = ("cold", "optimal", "distilled ddim", "distilled dpmpp", "distilled heun")
+# First and last concentration, learning rate, and what else is changed.
+SCHEDULES = {
+    "10 to 100, 0.2": (10, 100, 0.2),
+    "10 to 200, 0.2": (10, 200, 0.2),
+    "20 to 100, 0.1": (20, 100, 0.1),
+    "20, 0.2": (20, "null", 0.2),
+    "10 to 100, 0.2, no normalisation": (10, 100, 0.2, "ppo.normalize_advantages=false"),
+    "10 to 100, mlp, 0.005": (10, 100, 0.005, "policy.parameterization=mlp"),
+}
+
+
+def schedule_lines(setting: Setting) -> list[Line]:
+    """RDPO from the cold start with other schedules of exploration and learning rate, on the budget of the curves."""
+    lines = []
+    for label, (first, last, rate, *others) in SCHEDULES.items():
+        concentrations = (f"ppo.dirichlet_concentration={first}", f"ppo.concentration_end={last}")
+        lines.append(Line(label, overrides=(*concentrations, f"ppo.learning_rate={rate}", *others)))
+    return lines
+
+
+STARTS = ("cold", "optimal", "distilled", "distilled, no scale", "distilled, dpmpp", "distilled, heun")
 
 
 def start_lines(setting: Setting) -> list[Line]:
     """The two algorithms from every kind of start table."""
     lines = []
     for start in STARTS:
-        rate = PATHWISE["cold" if start == "cold" else "distilled"]
-        lines += [Line("rdpo", start=start), Line("pathwise", "pathwise", start, rate)]
+        if start.startswith("distilled"):
+            pair = [_near("rdpo, near"), _pathwise("pathwise", "distilled", SCALE_DIR)]
+        else:
+            pair = [Line("rdpo"), _pathwise("pathwise", "cold", SCALE_DIR)]
+        lines += [replace(line, start=start) for line in pair]
     return lines
 
 
 def robustness_lines(setting: Setting) -> list[Line]:
-    """RDPO with other numbers of images a step."""
-    return [
-        Line(
-            f"{size} images a step",
-            start="distilled",
-            overrides=(f"ppo.rollout_batch_size={size}",),
-            steps=ROBUSTNESS_STEPS,
-        )
-        for size in (8, 32, 128, 512)
-    ]
+    """Other numbers of images a step: RDPO at its defaults from both start tables, as the presets have it from the
+    distilled one, and pathwise.
+
+    From the cold start as many steps as 2,048 images take, where that is more than ROBUSTNESS_STEPS.
+    """
+    lines = []
+    for size in (8, 32, 128, 512):
+        batch = (f"ppo.rollout_batch_size={size}",)
+        steps = max(ROBUSTNESS_STEPS, 2048 // size)
+        lines += [
+            Line(f"rdpo, {size} images a step", start="cold", overrides=batch, steps=steps),
+            Line(f"rdpo, {size} images a step", start="distilled", overrides=batch, steps=ROBUSTNESS_STEPS),
+            replace(_near(f"rdpo, near, {size} images a step", batch), steps=ROBUSTNESS_STEPS),
+            replace(
+                _pathwise(f"pathwise, {size} images a step", "distilled", (*SCALE_DIR, *batch)), steps=ROBUSTNESS_STEPS
+            ),
+        ]
+    return lines
 
 
-TRAINED = {"curves": curve_lines, "variants": variant_lines, "starts": start_lines, "robustness": robustness_lines}
+TRAINED = {
+    "curves": curve_lines,
+    "schedules": schedule_lines,
+    "variants": variant_lines,
+    "starts": start_lines,
+    "robustness": robustness_lines,
+}
 # The settings that a part is measured in; a part that is not here is measured in all.
-ONLY = {"variants": ("a",), "robustness": ("a", "c"), "transfer": ("a",), "time": ("a",)}
-PARTS = ("references", "curves", "variants", "starts", "robustness", "transfer", "time")
-
-
-def choose(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """The names in the comma-separated `text`, in the order of `known`; all of them for "all". Raises UserError."""
-    if text in ("all", "none"):
-        return list(known) if text == "all" else []
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"{option}: unknown name '{name}'; use all, or some of {', '.join(known)}")
-    return [name for name in known if name in names]
+ONLY = {
+    "schedules": ("a", "d", "e"),
+    "variants": ("a", "e"),
+    "robustness": ("a", "c"),
+    "transfer": ("a",),
+    "time": ("a",),
+}
+PARTS = ("references", "curves", "schedules", "variants", "starts", "robustness", "transfer", "time")
 
 
 def jobs(parts: Sequence[str], settings: Sequence[str]) -> list[tuple[str, Setting]]:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.learning_lines import Line
 from torch_utils.errors import UserError
@@ -262,9 +263,8 @@ class Progress:
             return
         self.said = now
         rate = self.done / (now - self.started)
-        left = int(max(self.total - self.done, 0) / rate)
-        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        self.say(f"{self.title}: {self.done} of {self.total} images, {rate:.0f} images/s, {clock} left")
+        left = tqdm.format_interval(max(self.total - self.done, 0) / rate)
+        self.say(f"{self.title}: {self.done} of {self.total} images, {rate:.0f} images/s, {left} left")
 
 
 def run_row(run: Run) -> dict:

@@ -18,9 +18,11 @@ TICKS |= {0.002: "99.8 %", 0.001: "99.9 %"}
 # Algorithm -> name in the legend, colour; lines of other budgets are left to the tables.
 DRAWN = {
     "rdpo": ("RDPO", "#d62728"),
-    "rdpo, scale_dir": ("RDPO, scale_dir trained", "#ff9f4a"),
+    "rdpo, near": ("RDPO, less exploration", "#ff9f4a"),
+    "rdpo, near, scale_dir": ("RDPO, less exploration, scale_dir trained", "#e377c2"),
     "pathwise": ("pathwise", "#1f77b4"),
     "pathwise, scale_dir": ("pathwise, scale_dir trained", "#17becf"),
+    "pathwise, scale_dir, 1024 images": ("the same with 32 images a step", "#0b5563"),
     "cmaes": ("CMA-ES", "#2ca02c"),
     "halving": ("random search, halving", "#9467bd"),
     "reference": ("published algorithm", "#7f7f7f"),
@@ -101,12 +103,11 @@ def save_plot(parts: Mapping[str, Mapping], path: Path) -> None:
     if not measured:
         path.unlink(missing_ok=True)
         return
-    columns = min(len(measured), 2)
-    lines = -(-len(measured) // columns)
-    size = (6.4 * columns, 4.9 * lines + 1.2)
-    figure, grid = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
+    columns = min(len(measured) + 1, 3)  # one cell more than settings, for the legend
+    lines = -(-(len(measured) + 1) // columns)
+    figure, grid = pyplot.subplots(lines, columns, figsize=(5.7 * columns, 4.9 * lines), squeeze=False)
     for axes in grid.flat[len(measured) :]:
-        axes.set_visible(False)
+        axes.axis("off")
     for axes, (setting, part, gap, reference) in zip(grid.flat, measured, strict=False):
         draw_panel(axes, part, gap, reference)
         ends = f"reward {gap.cold:.3f} (cold start) to {gap.best:.3f} (best)"
@@ -114,7 +115,8 @@ def save_plot(parts: Mapping[str, Mapping], path: Path) -> None:
         axes.set_xlabel("training images, the distillation's cost included")
     for axes in grid[:, 0]:
         axes.set_ylabel("share of the gap closed")
-    draw_legend(figure, size[1])
+    draw_legend(grid.flat[len(measured)])
+    figure.tight_layout()
     drawing = io.BytesIO()
     figure.savefig(drawing, format="png", dpi=DPI)
     pyplot.close(figure)
@@ -122,8 +124,8 @@ def save_plot(parts: Mapping[str, Mapping], path: Path) -> None:
         Image.open(drawing).convert("RGB").quantize(PALETTE).save(temporary, format="png", optimize=True)
 
 
-def draw_legend(figure, height: float) -> None:
-    """Below the panels: colours of the algorithms, styles of the start tables."""
+def draw_legend(axes) -> None:
+    """In a cell of its own: colours of the algorithms, styles of the start tables."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in DRAWN.values()]
@@ -131,8 +133,7 @@ def draw_legend(figure, height: float) -> None:
         Line2D([], [], color="#333333", linewidth=2, linestyle=style, label=NAMES[start])
         for start, style in STYLES.items()
     ]
-    figure.tight_layout(rect=(0, 1.05 / height, 1, 1))
-    figure.legend(
-        handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=9.5, handlelength=3,
-        title="Mean over the seeds, band: its 95 % interval. Upwards is better.", title_fontsize=9,
+    axes.legend(
+        handles=handles, loc="center", frameon=False, fontsize=11, handlelength=3,
+        title="Mean over the seeds, band: its 95 % interval.\nUpwards is better.", title_fontsize=10.5,
     )  # fmt: skip

@@ -32,9 +32,10 @@ MEANING = (
 )
 TITLES = {
     "curves": "Algorithms",
-    "variants": "RDPO with one thing changed",
+    "schedules": "RDPO with other concentrations (first to last) and learning rates",
+    "variants": "One thing changed",
     "starts": "Start tables",
-    "robustness": "Images a step (RDPO from the distilled table)",
+    "robustness": "Images a step",
 }
 
 
@@ -113,7 +114,7 @@ def setting_section(parts: Mapping[str, Mapping], setting: str) -> list[str]:
         lines += reference_section(references)
     if transfer:
         lines += transfer_section(transfer)
-    return lines + (time_section(timing) if timing else [])
+    return lines + (time_section(timing, trained.get("curves")) if timing else [])
 
 
 def reference_section(part: Mapping) -> list[str]:
@@ -146,18 +147,22 @@ def transfer_section(part: Mapping) -> list[str]:
     return lines
 
 
-def time_section(part: Mapping) -> list[str]:
-    lines = [
-        [row["line"], *(f"{1000 * row[f'seconds_{name}']:.2f}" for name in ("per_image", "draw", "rollout", "update"))]
-        for row in part["rows"]
-    ]
+def time_section(part: Mapping, curves: Mapping | None) -> list[str]:
+    """Times of an image; of a run where the part "curves" of the setting says how many images one takes."""
+    lines = []
+    for row in part["rows"]:
+        runs = [other for other in curves["rows"] if other["line"] == row["line"]] if curves else []
+        images = runs[0]["steps"] * runs[0]["images_per_step"] if runs else None
+        cells = [f"{1000 * row[f'seconds_{name}']:.2f}" for name in ("per_image", "draw", "rollout", "update")]
+        whole = [f"{images}", f"{images * row['seconds_per_image']:.0f}"] if images else ["-", "-"]
+        lines.append([row["line"], *cells, *whole])
     size = part["rows"][0]["images_per_step"] if part["rows"] else 0
     return [
-        f"### Milliseconds for a training image, one run alone, {size} images a step",
+        f"### Milliseconds for a training image, one run alone, {size} images a step, and seconds for a whole run",
         "",
         machine_line(part),
         "",
-        *table(["line", "in all", "draw", "rollout", "update"], lines),
+        *table(["line", "in all", "draw", "rollout", "update", "images of a run", "seconds of a run"], lines),
     ]
 
 

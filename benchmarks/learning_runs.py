@@ -45,6 +45,7 @@ from benchmarks.learning_variants import (
     Fisher,
     GroupNormalised,
     OneIntervalPolicy,
+    PlainMean,
     SobolPolicy,
     StopByKL,
     Stratified,
@@ -70,6 +71,7 @@ SOLVER_CALLS = (10, 20, 50)  # sequential network calls of the baselines
 BASELINES = {"ddim": 1, "dpmpp": 1, "unipc": 1, "ipndm": 1, "heun": 2}  # solver -> calls of an interval
 TRANSFER_GUIDANCE = (3.0, 5.0, 6.0, 7.5, 9.0, 10.0)
 TRANSFER_INTERVALS = (4, 5, 6, 7, 8)
+TRANSFERRED = (("rdpo", "cold"), ("rdpo, near", "distilled"), ("pathwise, scale_dir", "distilled"))
 TIMED = ("rdpo", "reference", "cmaes", "halving", "pathwise")
 TIMED_STEPS = 5  # after one that is not counted
 TIMED_BATCH = 32
@@ -134,9 +136,12 @@ def build_production(config: Config, start: SolverTable) -> Built:
     return create_learner(config, policy), policy.mean_table
 
 
-def build_pathwise(config: Config, start: SolverTable) -> Built:
-    policy = create_policy(config, start)
-    return Pathwise(policy, config.ppo, config.pathwise), policy.mean_table
+def build_pathwise(kind: type[Pathwise]) -> Callable[[Config, SolverTable], Built]:
+    def build(config: Config, start: SolverTable) -> Built:
+        policy = create_policy(config, start)
+        return kind(policy, config.ppo, config.pathwise), policy.mean_table
+
+    return build
 
 
 def build_rival(kind: Callable[..., CMAES | SuccessiveHalving]) -> Callable[[Config, SolverTable], Built]:
@@ -174,7 +179,8 @@ def build_stratified(config: Config, start: SolverTable) -> Built:
 
 ALGORITHMS: dict[str, Callable[[Config, SolverTable], Built]] = {
     "rdpo": build_production,
-    "pathwise": build_pathwise,
+    "pathwise": build_pathwise(Pathwise),
+    "plain mean": build_pathwise(PlainMean),
     "cmaes": build_rival(CMAES),
     "cmaes, near": build_rival(functools.partial(CMAES, sigma=NEAR_SIGMA)),
     "halving": build_rival(SuccessiveHalving),
@@ -219,7 +225,7 @@ def measure_training(
     if not wanted:
         return
     judge, starts = bench.judge(setting), bench.starts(setting)
-    judge_starts(part, judge, starts, wanted)
+    judge_starts(part, judge, starts, wanted, lambda text: say(f"{part.record['settings']['title']}: {text}"))
     runs = []
     for line, seed in wanted:
         config = run_config(setting, line, seed, images, bench.eval_prompts)
@@ -233,13 +239,16 @@ def measure_training(
             part.add(run_row(run))
 
 
-def judge_starts(part: Part, judge: Judge, starts: StartTables, wanted: Sequence[tuple[Line, int]]) -> None:
+def judge_starts(
+    part: Part, judge: Judge, starts: StartTables, wanted: Sequence[tuple[Line, int]], say: Callable[[str], None]
+) -> None:
     """Keep the scores, the cost and the numbers of every start table that is used; of the cold one in any case."""
     keys = [("cold", 0), *((line.start, seed) for line, seed in wanted)]
     for name, seed in dict.fromkeys(keys):
         key = f"{name}, seed {seed}"
         if key in part.references or (name in ("cold", "optimal") and name in part.references):
             continue
+        say(f"start table {key}")
         start = starts.get(name, seed)
         part.references[name if name in ("cold", "optimal") else key] = {
             **judged(judge, start.table),
@@ -303,17 +312,15 @@ def measure_transfer(part: Part, setting: Setting, bench: Workbench, curves: Map
 
 
 def best_tables(rows: Sequence[Mapping], starts: StartTables) -> dict[str, SolverTable]:
-    """Label -> table: of each line and start the run with the best final reward, of the main algorithms only; and the
-    distilled table."""
+    """Label -> table: the distilled one, and of each line in TRANSFERRED that of the run with the best final reward."""
     tables = {"distilled": starts.get("distilled", 0).table}
     cold = starts.get("cold", 0).table
-    for algorithm in ("rdpo", "pathwise", "cmaes"):
-        for start in ("cold", "distilled"):
-            runs = [row for row in rows if (row["line"], row["start"]) == (algorithm, start) and row["table"]]
-            if runs:
-                best = max(runs, key=lambda row: row["curve"][-1][1])
-                arrays = {name: torch.tensor(part, dtype=torch.float64) for name, part in best["table"].items()}
-                tables[f"{algorithm}, from {start}"] = replace(cold, **arrays)
+    for line, start in TRANSFERRED:
+        runs = [row for row in rows if (row["line"], row["start"]) == (line, start) and row["table"]]
+        if runs:
+            best = max(runs, key=lambda row: row["curve"][-1][1])
+            arrays = {name: torch.tensor(part, dtype=torch.float64) for name, part in best["table"].items()}
+            tables[f"{line}, from {start}"] = replace(cold, **arrays)
     return tables
 
 

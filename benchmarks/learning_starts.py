@@ -40,7 +40,8 @@ class StartTables:
     """Start tables of one setting by name and seed, each made once.
 
     cold: `cold_start_table`. optimal: `optimal_rows` in every interval. distilled: `training.distill` at its defaults,
-    with prompts and noises of the seed; "distilled <teacher>" with another teacher.
+    with prompts and noises of the seed; "distilled, no scale" with all scales 1; "distilled, <teacher>" with another
+    teacher.
     """
 
     def __init__(self, setting: Setting, net: Denoiser, eval_prompts: int):
@@ -48,10 +49,12 @@ class StartTables:
         self.made: dict[tuple[str, int], Start] = {}
 
     def get(self, name: str, seed: int) -> Start:
-        kind, _, teacher = name.partition(" ")
+        kind, _, other = name.partition(", ")
         key = name, seed if kind == "distilled" else 0
         if key not in self.made:
-            overrides = (f"distill.teacher={teacher}",) if teacher else ()
+            overrides = ()
+            if other:
+                overrides = ("distill.fit_scale=false",) if other == "no scale" else (f"distill.teacher={other}",)
             config = run_config(self.setting, Line("start", overrides=overrides), seed, 1024, self.eval_prompts)
             cold = start_table(config)
             if kind == "distilled":

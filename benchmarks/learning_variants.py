@@ -12,7 +12,8 @@ from torch import Tensor
 from torch_utils.seeds import derive_seed
 from training.ppo.config import Config, PPOConfig
 from training.ppo.losses import ratio_statistics
-from training.ppo.policy import MIN_SHARE, EPDParamPolicy, PolicySample, create_policy
+from training.ppo.pathwise import Pathwise
+from training.ppo.policy import MIN_SHARE, EPDParamPolicy, PolicySample, TableArrays, create_policy
 from training.ppo.rdpo import RDPO
 from training.ppo.rl_runner import Draw, EPDRolloutRunner, PromptOrder, Rollout
 from training.table import SolverTable
@@ -192,6 +193,14 @@ def natural_gradient(policy: EPDParamPolicy, gradient: Tensor) -> Tensor:
         first += size
     result[:, first:] *= policy.scale_std**2
     return result
+
+
+class PlainMean(Pathwise):
+    """The images' gradients averaged as they are."""
+
+    def update(self, step: int, rollout: Rollout) -> dict[str, float]:
+        mean = TableArrays(*(part.mean(0, keepdim=True) for part in rollout.gradients))
+        return super().update(step, replace(rollout, gradients=mean))
 
 
 class Stratified(RDPO):

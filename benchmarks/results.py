@@ -36,6 +36,17 @@ class ResultsError(UserError):
     """A results file that cannot be read or continued."""
 
 
+def choose(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """The names in the comma-separated `text`, in the order of `known`; all of them for "all". Raises UserError."""
+    if text in ("all", "none"):
+        return list(known) if text == "all" else []
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option}: unknown name '{name}'; use all, or some of {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
 def cpu_name() -> str:
     """Model name of the processor, as the system tells it."""
     try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks.results import Benchmark, Results, code_hash
+from benchmarks.results import Benchmark, Results, choose, code_hash
 from torch_utils.errors import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -37,17 +37,6 @@ BENCHMARK = Benchmark(
 )
 PARTS = ("closed-form", "embedded", "overhead", "sync")
 NFES = "4,6,8,10,12,16,20,26,36,50"
-
-
-def parse_parts(text: str) -> list[str]:
-    """Names of PARTS in their order; all of them for "all". Raises UserError."""
-    if text in ("all", "none"):
-        return list(PARTS) if text == "all" else []
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in PARTS:
-            raise UserError(f"--parts: unknown part '{name}'; use all, none, or some of {', '.join(PARTS)}")
-    return [name for name in PARTS if name in names]
 
 
 def parse_numbers(option: str, text: str) -> list[int]:
@@ -100,7 +89,7 @@ def main(
     overwrite: bool,
     check: bool,
 ) -> None:
-    names = parse_parts(parts)
+    names = choose("--parts", parts, PARTS)
     numbers, sizes = parse_numbers("--nfe", nfes), parse_numbers("--batches", batches)
     from benchmarks.variants import select_variants
     from torch_utils.checkpoint import lock_folder

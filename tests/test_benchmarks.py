@@ -313,7 +313,7 @@ def test_what_diverged_is_said_and_not_drawn(tmp_path, closed_form):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "speed"], "unknown part 'speed'"),
+        (["--parts", "speed"], "unknown name 'speed'"),
         (["--nfe", "4,many"], "cannot read '4,many'"),
         (["--nfe", "0"], "--nfe: 0 is not positive"),
         (["--batches", "-1"], "--batches: -1 is not positive"),

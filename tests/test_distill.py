@@ -341,7 +341,7 @@ def test_display_is_silent_for_short_work_and_plain_lines_for_long(monkeypatch, 
         display(done, 100)
     display.close()
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["40 of 100 network rows, 0:00:06 left", "75 of 100 network rows, 0:00:06 left"]
+    assert lines == ["40 of 100 network rows, 00:06 left", "75 of 100 network rows, 00:06 left"]
 
 
 @pytest.mark.parametrize("teacher", ["epd", "epd_ipndm", "magic"])

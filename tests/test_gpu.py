@@ -11,6 +11,7 @@ from training.denoisers import create_model
 from training.generate import table_schedule
 from training.ppo.cold_start import cold_start_table
 from training.ppo.policy import EPDParamPolicy
+from training.ppo.reward_base import exact_float32
 from training.ppo.reward_multi import create_reward
 from training.ppo.rl_runner import ImageScorer
 
@@ -65,16 +66,20 @@ def test_memory_of_parallel_points_is_that_of_the_network():
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_gradients_on_the_gpu_point_where_those_on_the_cpu_do(precision):
-    """The pathwise gradient of two images, summed: nearly parallel and of about the same length."""
-    start = cold_start_table(3, 2)
+    """The pathwise gradient of two images, summed: nearly parallel and of about the same length.
+
+    At guidance 1 and many intervals, where rounding is not amplified; in float32 without TF32, whose error is.
+    """
+    start = cold_start_table(11, 2)
     sample = EPDParamPolicy(start).mean_sample(2)
     found = []
     for device, kind in (("cpu", "float32"), ("cuda", precision)):
-        net = create_model("emoji", guidance_rate=3.0, device=device, precision=kind)
+        net = create_model("emoji", guidance_rate=1.0, device=device, precision=kind)
         scorer = ImageScorer(net, [create_reward("emoji_reward", device=device)], start, None)
-        scores, gradients = scorer.gradients(sample.arrays, ["a red heart", "a cat"], [1, 2])
+        with exact_float32():
+            scores, gradients = scorer.gradients(sample.arrays, ["a red heart", "a cat"], [1, 2])
         found.append((scores, torch.cat([part.sum(0).flatten() for part in gradients])))
     (cpu_scores, cpu), (gpu_scores, gpu) = found
     torch.testing.assert_close(gpu_scores, cpu_scores, atol=0.02, rtol=0)
-    assert torch.cosine_similarity(cpu, gpu, dim=0) > (0.999 if precision == "float32" else 0.98)
-    assert gpu.norm() / cpu.norm() == pytest.approx(1, abs=0.01 if precision == "float32" else 0.1)
+    assert torch.cosine_similarity(cpu, gpu, dim=0) > (0.9999 if precision == "float32" else 0.99)
+    assert gpu.norm() / cpu.norm() == pytest.approx(1, abs=0.01 if precision == "float32" else 0.05)

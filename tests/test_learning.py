@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from benchmarks.learning import main
 from benchmarks.learning_curves import Gap, failed, find_gap, images_to_reach, paired, reached
-from benchmarks.learning_lines import SETTINGS, Line, Setting, curve_lines, run_config, variant_lines
+from benchmarks.learning_lines import NEAR, SETTINGS, TRAINED, Line, Setting, jobs, run_config
 from benchmarks.learning_lockstep import BatchScorer, Judge, Lockstep, Run, crews, roll_out, run_row
 from benchmarks.learning_models import BatchReward, load_denoiser
 from benchmarks.learning_rivals import CMAES, SuccessiveHalving, VectorTables, crossed_draw
@@ -26,6 +26,7 @@ from benchmarks.learning_variants import (
     CrossedPolicy,
     Fisher,
     OneIntervalPolicy,
+    PlainMean,
     SobolPolicy,
     Stratified,
     variant_policy,
@@ -35,11 +36,12 @@ from torch_utils.errors import UserError
 from training.denoisers import create_model
 from training.images import quantize
 from training.ppo.cold_start import cold_start_table
-from training.ppo.config import Config
-from training.ppo.policy import EPDParamPolicy, create_policy
+from training.ppo.config import Config, PathwiseConfig, PPOConfig, load_config
+from training.ppo.pathwise import Pathwise
+from training.ppo.policy import EPDParamPolicy, TableArrays, create_policy
 from training.ppo.rdpo import RDPO
 from training.ppo.reward_multi import create_reward
-from training.ppo.rl_runner import EPDRolloutRunner, ImageScorer, Rollout
+from training.ppo.rl_runner import Draw, EPDRolloutRunner, ImageScorer, Rollout
 
 TOY = Setting("a", guidance=1.0, num_steps=4)
 START = replace(cold_start_table(4, 2), schedule_type="polynomial", schedule_rho=3.0)
@@ -177,7 +179,7 @@ def stand_in_runner(ppo):
     return EPDRolloutRunner(ToyDenoiser(), REWARDS[0], PROMPTS, START, ppo, seed=0)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"pathwise"}))
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"pathwise", "plain mean"}))
 def test_every_algorithm_improves_a_closed_form(name):
     """With noise of the prompts that is as large as what there is to gain."""
     population = {"cmaes": ("ppo.rollout_batch_size=64", "ppo.rloo_k=16"), "halving": ("ppo.rloo_k=16",)}
@@ -194,6 +196,20 @@ def test_every_algorithm_improves_a_closed_form(name):
         offsets = torch.tensor([int(prompt.split()[1]) % 7 / 7 for prompt in draw.prompts], dtype=torch.float64)
         learner.update(step, Rollout(draw, closed_form_rewards(draw.sample) + offsets))
     assert value() > 0.6 * first
+
+
+def test_the_plain_mean_follows_the_longest_gradient():
+    """Two images pull a position up, one, many times harder, down; pathwise itself goes with the two."""
+    pulls = TableArrays(*(torch.zeros(3, *START.positions.shape, dtype=torch.float64) for _ in range(4)))
+    pulls.positions[:, 0, 0] = torch.tensor([1.0, 1.0, -10.0])
+    moved = []
+    for kind in (PlainMean, Pathwise):
+        policy = create_policy(run_config(TOY, Line("pathwise"), 0, 64, 4), START)
+        learner = kind(policy, PPOConfig(steps=10), PathwiseConfig(learning_rate=0.01))
+        draw = Draw(policy.mean_sample(3), ["a", "b", "c"], [0, 1, 2], torch.arange(3))
+        learner.update(1, Rollout(draw, torch.zeros(3, dtype=torch.float64), pulls))
+        moved.append((policy.mean_table().positions - START.positions)[0, 0].item())
+    assert moved[0] < 0 < moved[1]
 
 
 def test_vectors_and_tables():
@@ -298,14 +314,23 @@ def test_stratified_prompts_come_from_every_quarter():
 # Lines, starts.
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values())
-def test_lines_are_distinct_and_their_configurations_hold(setting):
-    for lines in (curve_lines(setting), variant_lines(setting) if setting.name == "a" else []):
-        names = [(line.label, line.start) for line in lines]
-        assert len(set(names)) == len(names)
-        for line in lines:
-            config = run_config(setting, line, 0, 2048, 128)
-            assert line.algorithm in ALGORITHMS and config.ppo.steps * config.ppo.rollout_batch_size <= 2048
+@pytest.mark.parametrize(("part", "setting"), jobs(list(TRAINED), list(SETTINGS)))
+def test_lines_are_distinct_and_their_configurations_hold(part, setting):
+    lines = TRAINED[part](setting)
+    names = [(line.label, line.start) for line in lines]
+    assert len(set(names)) == len(names)
+    for line in lines:
+        config = run_config(setting, line, 0, 2048, 128)
+        assert line.algorithm in ALGORITHMS
+        assert line.steps or config.ppo.steps * config.ppo.rollout_batch_size <= 2048
+
+
+@pytest.mark.parametrize("preset", ["sd15_single", "sd15_parallel"])
+def test_the_presets_explore_as_the_line_from_the_distilled_table(preset):
+    ours = load_config(f"training/ppo/cfgs/{preset}.yaml").ppo
+    near = run_config(SETTINGS["b"], Line("rdpo", overrides=NEAR), 0, 2048, 128).ppo
+    size = {"steps": near.steps, "rollout_batch_size": near.rollout_batch_size, "rollout_micro_batch": None}
+    assert replace(ours, **size, train_scale_dir=False) == near
 
 
 def test_the_plain_line_is_the_default_configuration():
@@ -372,6 +397,20 @@ def test_report_of_made_up_results(made_up):
     [line] = [line for line in text.splitlines() if line.startswith("| pathwise ")]
     assert line.split("|")[3].strip() == "130"  # 80 % of its way, and the 50 images of the start table
     assert 5_000 < (made_up / "learning.png").stat().st_size < 200_000
+
+
+def test_report_of_times(made_up):
+    """Of an image, and of a whole run where one was measured."""
+    parts = json.loads((made_up / "learning.json").read_text())["parts"]
+    for line in parts["curves_a"]["rows"]:
+        line |= {"steps": 25, "images_per_step": 4}
+    seconds = {"seconds_draw": 0.001, "seconds_rollout": 0.048, "seconds_update": 0.001}
+    times = [{"line": name, "seconds_per_image": 0.05, **seconds, "images_per_step": 32} for name in ("rdpo", "cmaes")]
+    write_results(made_up, parts | {"time_a": stored_part(times)})
+    assert learn("--parts", "none", "--outdir", made_up).exit_code == 0
+    text = (made_up / "learning_tables.md").read_text()
+    assert "| rdpo | 50.00 | 1.00 | 48.00 | 1.00 | 100 | 5 |" in text
+    assert "| cmaes | 50.00 | 1.00 | 48.00 | 1.00 | - | - |" in text
 
 
 def test_the_gap_is_of_all_parts(made_up):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from tqdm import tqdm
 
 from torch_utils.errors import UserError, user_errors
 from training.ppo.config import Config, DistillConfig, check_files, check_names, load_config, to_yaml
@@ -327,14 +328,11 @@ class ProgressDisplay:
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
         elif elapsed >= self.next and sys.stderr.isatty():
-            from tqdm import tqdm
-
             self.bar = tqdm(total=total, initial=done, unit="row", desc="distill", file=sys.stderr)
         elif elapsed >= self.next:
             self.next = elapsed + SHOW_EVERY
-            left = int(elapsed / done * (total - done))
-            clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            print(f"{done} of {total} network rows, {clock} left", file=sys.stderr, flush=True)
+            left = tqdm.format_interval(elapsed / done * (total - done))
+            print(f"{done} of {total} network rows, {left} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -106,7 +106,8 @@ class PPOConfig:
     kl_coef: float = 0.0  # weight of KL(policy || start policy)
     entropy_coef: float = 0.0
     max_grad_norm: float | None = 1.0  # null: no limit
-    dirichlet_concentration: float = 20.0  # sum of a row's concentrations at the first step; larger explores less
+    # sum of a row's concentrations at the first step; larger explores less: 50 and null from a distilled table
+    dirichlet_concentration: float = 10.0
     concentration_end: float | None = 100.0  # at the last step, reached geometrically; null: stays as it is
     train_scale_dir: bool = False  # false: the start table's values stay as they are
     train_scale_time: bool = False

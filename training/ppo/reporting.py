@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from torch_utils.checkpoint import atomic_write_text
 from training.images import image_grid, save_png
@@ -92,8 +93,6 @@ class Progress:
         self.started = time.perf_counter()
         self.bar = None
         if sys.stderr.isatty():
-            from tqdm import tqdm
-
             self.bar = tqdm(total=steps, initial=done, unit="step", file=sys.stderr)
 
     def show(self, metrics: dict[str, Any]) -> None:
@@ -107,8 +106,7 @@ class Progress:
             self.bar.update(step - self.bar.n)
             return
         left = (time.perf_counter() - self.started) / (step - self.done) * (self.steps - step)
-        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-        print(f"step {step}/{self.steps}: {text}, {clock} left", file=sys.stderr, flush=True)
+        print(f"step {step}/{self.steps}: {text}, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
 
     def message(self, text: str) -> None:
         """Print a line without disturbing the bar."""
