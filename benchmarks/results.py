@@ -96,10 +96,14 @@ def code_hash(files: Sequence[str]) -> str:
 
 
 def _part_text(part: dict) -> str:
-    """JSON of a part with one line for each row."""
+    """JSON of a part with one line for each row and each reference."""
     rows = ",\n".join(json.dumps(row, allow_nan=False) for row in part["rows"])
-    head = {name: value for name, value in part.items() if name != "rows"}
-    return json.dumps(head, indent=1, allow_nan=False)[:-2] + f',\n "rows": [\n{rows}\n]}}'
+    references = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(entry, allow_nan=False)}" for name, entry in part["references"].items()
+    )
+    head = {name: value for name, value in part.items() if name not in ("rows", "references")}
+    text = json.dumps(head, indent=1, allow_nan=False)[:-2]
+    return f'{text},\n "references": {{\n{references}\n}},\n "rows": [\n{rows}\n]}}'
 
 
 class Part:
