@@ -284,6 +284,14 @@ def test_teacher_passes_the_nodes_of_the_table(schedule, rho, teacher_steps):
     assert torch.equal(fine[::teacher_steps], nodes) and bool((fine.diff() < 0).all())
 
 
+def test_a_teacher_that_passes_the_nodes_by_is_refused():
+    """A schedule whose finer version has other nodes: the table's are of rho 7, the plan's of rho 3."""
+    net, start = Mixture(), start_table(num_steps=6)
+    plan = replace(teacher_plan(start, DistillConfig(teacher_steps=2)), schedule_rho=3.0)
+    with pytest.raises(DistillError, match="its 6 nodes are not among its 11"):
+        teacher_nodes(plan, table_schedule(start, net), net)
+
+
 def test_flow_models_are_fitted_too():
     net = Mixture(is_flow=True)
     start = start_table(schedule_type="flowmatch", schedule_rho=1.0, sigma_min=0.05, sigma_max=0.9, flowmatch_shift=3.0)
@@ -425,6 +433,15 @@ def test_command_writes_a_table_that_samples(config_file, tmp_path, monkeypatch)
     again = run_cli("--config", config_file, "--device", "cpu")
     assert again.exit_code == 2 and f"{path} exists; name another file" in again.stderr
     assert path.read_bytes() == before
+
+
+def test_two_processes_are_refused(config_file, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "-m", "training.distill", "--config", config_file, "--device", "cpu"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "distillation runs in one process: start it with python, not with torchrun" in result.stderr
+    assert not (tmp_path / "exps").exists()
 
 
 def test_prompts_and_noise_come_from_the_seed_alone(config_file, tmp_path, monkeypatch):
