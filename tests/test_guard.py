@@ -108,9 +108,13 @@ def test_the_best_follows_the_held_out_metric_beyond_its_noise():
     guard = started()
     assert guard.judge(1, scores(moved(UP), moved(NOISE, -1))).is_best  # the reward clearly higher, the other not lower
     assert (guard.best_step, guard.peak_step) == (1, 0)
+    assert guard.summary() == (
+        "policy-best.pt keeps step 1, the best by emoji_reward, with held level with its peak at step 0"
+    )
     assert not guard.judge(2, scores(moved(UP), START)).is_best  # no more reward than the best, no more than the peak
     assert guard.judge(3, scores(moved(UP, -1), moved(NOISE))).is_best  # a new peak, whatever the reward
     assert (guard.best_step, guard.peak_step) == (3, 3)
+    assert guard.summary() == "policy-best.pt keeps step 3, the best by held"
     assert not guard.judge(4, scores(moved(UP), moved([0.2, 0.3, 0.2, 0.3], -1))).is_best  # clearly below the peak
     assert not guard.judge(5, scores(moved(UP, -1), list(reversed(moved(NOISE))))).is_best  # the same mean
     assert (guard.best_step, guard.peak_step) == (3, 3)

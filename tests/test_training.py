@@ -17,7 +17,7 @@ from training.ppo.interrupt import StopRequest
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.ppo_trainer import PPOTrainer
 from training.ppo.rdpo import RDPO
-from training.ppo.reporting import append_line, drop_lines_after
+from training.ppo.reporting import Progress, append_line, drop_lines_after
 from training.ppo.rl_runner import Draw, Rollout
 from training.ppo.run_dir import RunDirectory, RunError, open_run
 from training.table import SolverTable, load_table
@@ -257,6 +257,20 @@ def test_lines_after_the_checkpoint_and_torn_lines_go(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\ngarbage\n{"step": 3}\n{"step": 4}\n{"step": 2')
     drop_lines_after(path, 3)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_the_time_left_counts_steps_and_evaluations(capsys):
+    """Evaluations take their own time, and those to come are known."""
+    progress = Progress(10, 0, {0, 5, 10})
+    progress.seconds["evaluation"].append(10.0)
+    progress.seconds["step"] += [1.0, 3.0]
+    assert progress.seconds_left(2) == 8 * 2 + 2 * 10
+    assert progress.seconds_left(5) == 5 * 2 + 10 and progress.seconds_left(10) == 0
+    progress.show({"step": 2, "reward_mean": 0.5, "kl": 0.1, "images_per_second": 4.0})
+    assert capsys.readouterr().err == "step 2/10: reward 0.5000, kl 0.100, 4.0 images/s, 00:36 left\n"
+    resumed = Progress(10, 6, {0, 5, 10})
+    resumed.seconds["step"].append(2.0)
+    assert resumed.seconds_left(7) == 6  # how long an evaluation takes is not known yet
 
 
 # --- Ranks ----------------------------------------------------------------------------------------------------------

@@ -104,7 +104,10 @@ class HackingGuard:
 
     def summary(self) -> str:
         """One sentence on the best evaluation, of which there must have been one."""
-        return f"policy-best.pt keeps step {self.best_step}, the best by {self.held_out or self.reward_name}"
+        kept = f"policy-best.pt keeps step {self.best_step}, the best by"
+        if self.best_step == self.peak_step:
+            return f"{kept} {self.held_out or self.reward_name}"
+        return f"{kept} {self.reward_name}, with {self.held_out} level with its peak at step {self.peak_step}"
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep: numbers and CPU tensors in dictionaries."""

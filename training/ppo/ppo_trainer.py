@@ -61,6 +61,9 @@ class PPOTrainer:
         self.guard = HackingGuard("".join(judged[:1]), judged[1:])
         self.directory = directory
         self.step = 0
+        # After which steps the mean table is judged: every `interval` of them and the last one; also before the first.
+        steps = config.ppo.steps
+        self.evaluation_steps = set() if evaluator is None else {steps, *range(0, steps, config.evaluation.interval)}
 
     def train(self, stop: StopRequest) -> int:
         """Run to `ppo.steps`, to the end of the step in which a signal came, or until the reward is being exploited.
@@ -69,9 +72,10 @@ class PPOTrainer:
         """
         reporter = None
         if distributed.is_main():
-            reporter = Reporter(self.directory, self.config.logging, self.config.ppo.steps, self.step)
+            steps = self.config.ppo.steps
+            reporter = Reporter(self.directory, self.config.logging, steps, self.step, self.evaluation_steps)
         try:
-            if self.step == 0 and self.evaluator is not None:
+            if self.step == 0 and self.step in self.evaluation_steps:
                 self._evaluate(reporter)
             signum = 0
             while self.step < self.config.ppo.steps and not signum and not self._must_stop():
@@ -99,7 +103,7 @@ class PPOTrainer:
         }
         signum = self._agree(stop.signum)
         last = self.step == self.config.ppo.steps
-        if self.evaluator is not None and (last or self.step % self.config.evaluation.interval == 0):
+        if self.step in self.evaluation_steps:
             record = self._evaluate(reporter)
             metrics |= {f"eval_{key}": value for key, value in record.items() if "_mean" in key or key == "diverging"}
         # The line comes before the checkpoint: after a crash between the two it is dropped and written again.

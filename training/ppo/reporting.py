@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
+from collections.abc import Collection
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ def drop_lines_after(path: Path, step: int) -> None:
 class Reporter:
     """The log files and the progress display of one run; only rank 0 has one."""
 
-    def __init__(self, directory: RunDirectory, logging: LoggingConfig, steps: int, step: int):
+    def __init__(
+        self, directory: RunDirectory, logging: LoggingConfig, steps: int, step: int, evaluation_steps: Collection[int]
+    ):
         """`step` is the last finished one: what the logs hold beyond it is dropped."""
         self.directory = directory
         self.log_interval = logging.log_interval
@@ -53,11 +56,12 @@ class Reporter:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(directory.tensorboard, purge_step=step + 1)
-        self.progress = Progress(steps, step)
+        self.progress = Progress(steps, step, evaluation_steps)
 
     def log_step(self, metrics: dict[str, Any]) -> None:
         """Write the line of a step; every `log_interval` steps also to TensorBoard and to the terminal."""
         append_line(self.directory.metrics, metrics)
+        self.progress.seconds["step"].append(metrics["seconds_step"])
         if metrics["step"] % self.log_interval == 0:
             self._to_board("train", metrics)
             self.progress.show(metrics)
@@ -65,6 +69,7 @@ class Reporter:
     def log_evaluation(self, record: dict[str, Any], images: torch.Tensor) -> None:
         """Write an evaluation and, unless `images` `[M, 3, H, W]` is empty, the grid of its pictures."""
         append_line(self.directory.evaluations, record)
+        self.progress.seconds["evaluation"].append(record["seconds"])
         self._to_board("evaluation", record)
         if len(images):
             grid = image_grid(images, columns=math.isqrt(len(images) - 1) + 1)
@@ -88,25 +93,30 @@ class Reporter:
 class Progress:
     """A progress bar on a terminal, plain lines elsewhere; on stderr."""
 
-    def __init__(self, steps: int, done: int):
-        self.steps, self.done = steps, done
-        self.started = time.perf_counter()
+    def __init__(self, steps: int, done: int, evaluation_steps: Collection[int]):
+        self.steps, self.evaluation_steps = steps, evaluation_steps
+        self.seconds: dict[str, list[float]] = {"step": [], "evaluation": []}  # what each took so far
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=done, unit="step", file=sys.stderr)
+            self.bar = tqdm(total=steps, initial=done, file=sys.stderr, bar_format="{n_fmt}/{total_fmt} {bar}{postfix}")
 
     def show(self, metrics: dict[str, Any]) -> None:
-        """Show a step's reward, KL and speed, and the time left at the mean speed so far."""
+        """Show a step's reward, KL and speed, and the time left."""
         step = metrics["step"]
         text = (
             f"reward {metrics['reward_mean']:.4f}, kl {metrics['kl']:.3f}, {metrics['images_per_second']:.1f} images/s"
+            f", {tqdm.format_interval(self.seconds_left(step))} left"
         )
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
             return
-        left = (time.perf_counter() - self.started) / (step - self.done) * (self.steps - step)
-        print(f"step {step}/{self.steps}: {text}, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
+        print(f"step {step}/{self.steps}: {text}", file=sys.stderr, flush=True)
+
+    def seconds_left(self, step: int) -> float:
+        """After `step`: for the steps and evaluations to come, at the mean of those so far."""
+        coming = {"step": self.steps - step, "evaluation": sum(other > step for other in self.evaluation_steps)}
+        return sum(count * fmean(self.seconds[kind]) for kind, count in coming.items() if self.seconds[kind])
 
     def message(self, text: str) -> None:
         """Print a line without disturbing the bar."""
