@@ -98,7 +98,7 @@ class Progress:
         self.seconds: dict[str, list[float]] = {"step": [], "evaluation": []}  # what each took so far
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=done, file=sys.stderr, bar_format="{n_fmt}/{total_fmt} {bar}{postfix}")
+            self.bar = tqdm(total=steps, initial=done, file=sys.stderr, bar_format="{bar} {n_fmt}/{total_fmt}{postfix}")
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Show a step's reward, KL and speed, and the time left."""
