@@ -223,6 +223,7 @@ SCHEDULES = {
     "10 to 200, 0.2": (10, 200, 0.2),
     "20 to 100, 0.1": (20, 100, 0.1),
     "20, 0.2": (20, "null", 0.2),
+    "10 to 100, 0.1, no normalisation": (10, 100, 0.1, "ppo.normalize_advantages=false"),
     "10 to 100, 0.2, no normalisation": (10, 100, 0.2, "ppo.normalize_advantages=false"),
     "10 to 100, mlp, 0.005": (10, 100, 0.005, "policy.parameterization=mlp"),
 }
