@@ -326,11 +326,15 @@ def test_lines_are_distinct_and_their_configurations_hold(part, setting):
 
 
 @pytest.mark.parametrize("preset", ["sd15_single", "sd15_parallel"])
-def test_the_presets_explore_as_the_line_from_the_distilled_table(preset):
-    ours = load_config(f"training/ppo/cfgs/{preset}.yaml").ppo
+def test_the_presets_train_as_the_best_lines_from_the_distilled_table(preset):
+    config = load_config(f"training/ppo/cfgs/{preset}.yaml")
     near = run_config(SETTINGS["b"], Line("rdpo", overrides=NEAR), 0, 2048, 128).ppo
     size = {"steps": near.steps, "rollout_batch_size": near.rollout_batch_size, "rollout_micro_batch": None}
-    assert replace(ours, **size, train_scale_dir=False) == near
+    assert replace(config.ppo, **size, train_scale_dir=False) == near
+    [line] = [line for line in TRAINED["curves"](SETTINGS["b"]) if line.label == "pathwise, scale_dir, 1024 images"]
+    measured = run_config(SETTINGS["b"], line, 0, 2048, 128)
+    assert (config.trainer, config.pathwise) == (replace(measured.trainer, algorithm="pathwise"), measured.pathwise)
+    assert config.ppo.train_scale_dir and measured.ppo.train_scale_dir
 
 
 def test_the_plain_line_is_the_default_configuration():

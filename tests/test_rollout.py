@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from toy_training import ToyDenoiser, ToyReward, colour
 
 from solver_utils import get_schedule
 from solvers import epd_sampler
 from torch_utils.seeds import derive_seed, noise
+from training.denoisers import create_model
 from training.generate import initial_latents
 from training.ppo.cold_start import cold_start_table
 from training.ppo.config import EvaluationConfig, PPOConfig
 from training.ppo.evaluation import MeanTableEvaluator
 from training.ppo.policy import EPDParamPolicy, TableArrays
+from training.ppo.reward_multi import create_reward
 from training.ppo.rl_runner import EPDRolloutRunner, ImageScorer, PromptOrder, RolloutError
 from training.solver_table import SolverTable
 
@@ -196,6 +199,27 @@ def test_the_pathwise_gradient_is_the_derivative_of_the_reward(micro_batch):
             up, down = (smooth_scores(shifted(draw.sample.arrays, name, index, by)) for by in (1e-4, -1e-4))
             quotient = ((up - down) / 2e-4)[index[0]].item()
             assert gradient[index].item() == pytest.approx(quotient, rel=0.03, abs=2e-4), (name, index)
+
+
+def test_gradients_keep_no_activations_of_the_network():
+    """Beside the backward pass of one call, memory holds states and tables, whatever the number of intervals."""
+
+    def kept(num_steps):
+        table = cold_start_table(num_steps, 2)
+        scorer = ImageScorer(net, [reward], table, None)
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            scorer.gradients(EPDParamPolicy(table).mean_sample(1).arrays, ["a cat"], [1])
+        return sum(sizes)
+
+    net, reward = create_model("emoji", guidance_rate=7.5), create_reward("emoji_reward")
+    latents = 4 * net.img_channels * net.img_resolution**2
+    assert kept(4) - kept(3) < 10 * latents  # an interval's activations are worth 29,000
 
 
 def test_the_mean_draw_takes_every_prompt_once_with_the_mean_table():

@@ -12,6 +12,7 @@ import torch
 from toy_training import Models, ToyDenoiser, ToyReward, run_toy, toy_inputs, toy_models, write_files
 
 from torch_utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from torch_utils.errors import UserError
 from training.ppo.config import Config, PPOConfig, load_config
 from training.ppo.interrupt import StopRequest
 from training.ppo.policy import EPDParamPolicy
@@ -128,6 +129,29 @@ def test_pathwise_learns_the_toy_and_resumes(toy, tmp_path):
     directory = only_run(tmp_path)
     assert_same_policy(final_state(undisturbed), final_state(directory))
     assert_same_logs(undisturbed, directory)
+
+
+def test_too_many_images_for_the_gpu_are_said_and_fewer_go_on(toy, tmp_path):
+    """The memory gives out in the fourth rollout; the same run ends as an undisturbed one with smaller batches."""
+
+    class Hungry(ToyReward):
+        def __init__(self):
+            super().__init__()
+            self.left = 4
+
+        def score(self, images, prompts):
+            self.left -= len(prompts) == 16
+            if not self.left:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return super().score(images, prompts)
+
+    with pytest.raises(UserError, match=r"^step 4: .* fewer images at once with ppo.rollout_micro_batch \(now null, "):
+        run_toy(toy, "never", [], Models(ToyDenoiser(), Hungry(), toy_models().metrics))
+    run_toy(toy, "auto", ["ppo.rollout_micro_batch=4"])
+    directory = only_run(tmp_path)
+    run_toy(toy, "never", [f"run.output_root={tmp_path}/undisturbed"])
+    (folder,) = (tmp_path / "undisturbed").iterdir()
+    assert_same_policy(final_state(RunDirectory(folder)), final_state(directory))
 
 
 def test_the_best_policy_is_kept(toy, tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from torch_utils import distributed
 from torch_utils.checkpoint import save_checkpoint
+from torch_utils.errors import UserError
 from training.ppo.config import Config, flatten
 from training.ppo.evaluation import MeanTableEvaluator
 from training.ppo.guard import HackingGuard
@@ -68,7 +69,7 @@ class PPOTrainer:
     def train(self, stop: StopRequest) -> int:
         """Run to `ppo.steps`, to the end of the step in which a signal came, or until the reward is being exploited.
 
-        Returns the signal's number, or 0.
+        Returns the signal's number, or 0. Raises `UserError` when the GPU's memory does not suffice.
         """
         reporter = None
         if distributed.is_main():
@@ -80,6 +81,12 @@ class PPOTrainer:
             signum = 0
             while self.step < self.config.ppo.steps and not signum and not self._must_stop():
                 signum = self._train_step(reporter, stop)
+        except torch.OutOfMemoryError as error:
+            micro_batch = self.config.ppo.rollout_micro_batch or "null, the rank's whole share"
+            raise UserError(
+                f"step {self.step}: the GPU's memory does not suffice; make fewer images at once with "
+                f"ppo.rollout_micro_batch (now {micro_batch}) and start again, the run goes on from its last checkpoint"
+            ) from error
         finally:
             if reporter is not None:
                 reporter.close()
