@@ -154,6 +154,14 @@ def test_too_many_images_for_the_gpu_are_said_and_fewer_go_on(toy, tmp_path):
     assert_same_policy(final_state(RunDirectory(folder)), final_state(directory))
 
 
+@pytest.mark.parametrize(("algorithm", "rate"), [("rdpo", "0.2"), ("pathwise", "0.4")])
+def test_the_run_says_which_learning_rate_counts(toy, algorithm, rate, capsys):
+    rates = ["ppo.learning_rate=0.2", "pathwise.learning_rate=0.4"]
+    run_toy(toy, "never", ["ppo.steps=1", f"trainer.algorithm={algorithm}", *rates])
+    said = capsys.readouterr().err
+    assert f"{algorithm}, 16 images a step, learning rate {rate}, from the cold-start table (a distilled" in said
+
+
 def test_the_best_policy_is_kept(toy, tmp_path):
     wild = ["ppo.learning_rate=2.0", "ppo.learning_rate_schedule=constant", "ppo.concentration_end=null"]
     run_toy(toy, "never", ["ppo.steps=6", "evaluation.interval=1", *wild])

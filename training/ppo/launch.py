@@ -111,6 +111,7 @@ def train(config: Config, inputs: Inputs, models: Models, resume: str) -> int:
         trainer = PPOTrainer(config, policy, runner, evaluator, directory)
         if checkpoint is not None:
             trainer.resume(checkpoint)
+        distributed.print0(describe(config))
         distributed.print0(f"run folder {directory.path}, {trainer.step} of {config.ppo.steps} steps done")
         signum = trainer.train(stop)
         if trainer.guard.best_step is not None:
@@ -119,6 +120,14 @@ def train(config: Config, inputs: Inputs, models: Models, resume: str) -> int:
         distributed.barrier()
         distributed.print0(directory.path, file=sys.stdout)
         return signum
+
+
+def describe(config: Config) -> str:
+    """One line: what trains from where, with the learning rate that counts."""
+    algorithm = config.trainer.algorithm
+    rate = config.pathwise.learning_rate if algorithm == "pathwise" else config.ppo.learning_rate
+    start = config.data.predictor_snapshot or "the cold-start table (a distilled one is better: training.distill)"
+    return f"{algorithm}, {config.ppo.rollout_batch_size} images a step, learning rate {rate:g}, from {start}"
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
