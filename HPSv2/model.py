@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from torch_utils.checkpoint import CheckpointError
+from torch_utils.checkpoint import CheckpointError, load_tensors
 from torch_utils.errors import UserError
 
 ARCHITECTURE = "ViT-H-14"
@@ -36,13 +35,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises `CheckpointError` for a file that is damaged, would run code, or is the checkpoint of something else.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be read as an HPSv2 checkpoint: {reason[0][:160]}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no HPSv2 checkpoint: it holds a {type(content).__name__}, not a dict")
+    content = load_tensors(path, "an HPSv2 checkpoint")
     state = content.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} is no HPSv2 checkpoint: it lacks the dict 'state_dict' and {_describe(content)}")

@@ -137,6 +137,21 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
     return state
 
 
+def load_tensors(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The content of somebody else's checkpoint, on the CPU; no code from it runs. `kind` names it in the message.
+
+    Raises `CheckpointError`, one line, for a file that is damaged, would run code, or holds no dict.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path} cannot be read as {kind}: {reason[0][:160]}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not {kind}: it holds a {type(content).__name__}, not a dict")
+    return content
+
+
 def lock_folder(folder: str | os.PathLike[str], locks: contextlib.ExitStack) -> bool:
     """Whether `folder` is now ours until `locks` closes; the system frees it too when the process dies.
 

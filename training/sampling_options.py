@@ -31,8 +31,8 @@ OPTIONS = (
     ),
     click.option(
         "--model-path",
-        help="Folder with the model in diffusers' layout",
-        metavar="DIR",
+        help="The model: a folder in diffusers' layout, or a .safetensors or .ckpt file in the original one",
+        metavar="PATH",
         show_default="checkout, cache or download",
     ),
     click.option(

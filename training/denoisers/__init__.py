@@ -9,7 +9,7 @@ import torch
 
 from torch_utils.download_util import check_file_by_key, locate
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
-from training.denoisers.stable_diffusion import StableDiffusion, check_folder
+from training.denoisers.stable_diffusion import StableDiffusion, check_source
 
 __all__ = [
     "BACKBONES",
@@ -23,25 +23,28 @@ __all__ = [
     "find_model",
 ]
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "src" / "embedded"
+SOURCES = Path(__file__).resolve().parents[2] / "src"
+EMBEDDED = SOURCES / "embedded"
 
 
 @dataclass(frozen=True)
 class Backbone:
     """`folder`: where the weights lie in the checkout; `asset`: or the key by which they are downloaded.
 
+    `configs`: the configurations for weights in a single file, in diffusers' folder layout.
     `is_flow`: as of its Denoiser, known here before the weights are.
     """
 
     title: str
+    configs: Path
     folder: Path | None = None
     asset: str | None = None
     is_flow: bool = False
 
 
 BACKBONES = {
-    "emoji": Backbone("the embedded model", folder=EMBEDDED),
-    "ms_coco": Backbone("Stable Diffusion v1.5", asset="ms_coco"),
+    "emoji": Backbone("the embedded model", EMBEDDED, folder=EMBEDDED),
+    "ms_coco": Backbone("Stable Diffusion v1.5", SOURCES / "stable-diffusion-v1", asset="ms_coco"),
 }
 GUIDANCE_TYPES = ("cfg",)
 
@@ -55,7 +58,7 @@ def check_model(
 ) -> Path | None:
     """Raise `ModelError` for arguments that `create_model` cannot serve, without loading or downloading anything.
 
-    Returns the model's folder, or None where it would have to be downloaded.
+    Returns the model's folder or file, or None where it would have to be downloaded.
     """
     if dataset_name not in BACKBONES:
         raise ModelError(f"unknown dataset_name {dataset_name!r}; use one of {', '.join(BACKBONES)}")
@@ -66,10 +69,10 @@ def check_model(
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
     backbone = BACKBONES[dataset_name]
-    folder = Path(model_path) if model_path is not None else backbone.folder or locate(backbone.asset)
-    if folder is not None:
-        check_folder(folder)
-    return folder
+    source = Path(model_path) if model_path is not None else backbone.folder or locate(backbone.asset)
+    if source is not None:
+        check_source(source)
+    return source
 
 
 def check_model_schedule(dataset_name: str, schedule_type: str) -> None:
@@ -88,12 +91,12 @@ def find_model(
     model_path: str | Path | None = None,
     precision: str = "float32",
 ) -> Path:
-    """The folder that `create_model` will read, downloaded if need be; arguments and errors are the same."""
-    folder = check_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
-    if folder is None:
-        folder = check_file_by_key(BACKBONES[dataset_name].asset)
-        check_folder(folder)
-    return folder
+    """The folder or file that `create_model` will read, downloaded if need be; arguments and errors are the same."""
+    source = check_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
+    if source is None:
+        source = check_file_by_key(BACKBONES[dataset_name].asset)
+        check_source(source)
+    return source
 
 
 def create_model(
@@ -109,10 +112,12 @@ def create_model(
     dataset_name   "ms_coco" (Stable Diffusion v1.5) or "emoji" (the embedded model).
     guidance_type  "cfg", classifier-free guidance.
     guidance_rate  guidance scale >= 0; 1 is unguided.
-    model_path     a local folder in diffusers' layout; None: the checkout, the cache or a download.
+    model_path     a local folder in diffusers' layout, or a .safetensors or .ckpt file in the original CompVis layout
+                   (`load_single_file`); None: the checkout, the cache or a download.
     precision      of the network: float32, float16 or bfloat16.
 
     Raises `ModelError` or `DownloadError`, one line, when the weights or the arguments will not do.
     """
-    folder = find_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
-    return StableDiffusion(folder, dataset_name, guidance_rate, torch.device(device), precision)
+    source = find_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
+    configs = BACKBONES[dataset_name].configs
+    return StableDiffusion(source, configs, dataset_name, guidance_rate, torch.device(device), precision)

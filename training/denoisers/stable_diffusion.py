@@ -1,15 +1,21 @@
-"""Stable Diffusion 1.x in the diffusers folder layout: the real one and the embedded miniature, by the same code."""
+"""Stable Diffusion 1.x, the real one and the embedded miniature, by the same code."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
+from training.denoisers.single_file import SUFFIXES, check_single_file, clip_tokenizer, load_single_file
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 WEIGHT_FILES = {
     "vae": "diffusion_pytorch_model.safetensors",
@@ -63,39 +69,27 @@ class StableDiffusion(Denoiser):
     is_flow = False
 
     def __init__(
-        self, folder: Path, dataset_name: str, guidance_rate: float, device: torch.device, precision: str = "float32"
+        self,
+        source: Path,
+        configs: Path,
+        dataset_name: str,
+        guidance_rate: float,
+        device: torch.device,
+        precision: str = "float32",
     ):
-        """Load from `folder`, which `check_folder` accepted. `precision`: of UNet and text encoder; the VAE stays in
-        float32, and so does the ODE's state."""
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTokenizer
-        from transformers.utils import logging as transformers_logging
+        """Load from `source`, a folder or a file that `check_source` accepted; a file goes by the `configs`.
 
-        dtype = PRECISIONS[precision]
-
-        def frozen(model: torch.nn.Module) -> torch.nn.Module:
-            return model.to(device).eval().requires_grad_(False)
-
-        def diffusers_part(kind: type, part: str, dtype: torch.dtype) -> torch.nn.Module:
-            # low_cpu_mem_usage would need the accelerate package.
-            model = kind.from_pretrained(
-                folder / part, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
-            )
-            return frozen(model).to(memory_format=torch.channels_last)
-
-        transformers_logging.disable_progress_bar()
+        `precision`: of UNet and text encoder; the VAE stays in float32, and so does the ODE's state.
+        """
         self.dataset_name = dataset_name
         self.device = device
-        self.dtype = dtype
+        self.dtype = PRECISIONS[precision]
         self.guidance_rate = guidance_rate
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        self.text_encoder = frozen(
-            CLIPTextModel.from_pretrained(
-                folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
-            )
-        )
-        self.unet = diffusers_part(UNet2DConditionModel, "unet", dtype)
-        self.vae = diffusers_part(AutoencoderKL, "vae", torch.float32)
+        folder = source if source.is_dir() else configs
+        networks = load_folder(source, self.dtype) if source.is_dir() else load_single_file(source, configs, self.dtype)
+        unet, vae, self.text_encoder = (network.to(device).eval().requires_grad_(False) for network in networks)
+        self.unet, self.vae = (network.to(memory_format=torch.channels_last) for network in (unet, vae))
+        self.tokenizer = load_tokenizer(folder, self.text_encoder.config.max_position_embeddings)
         scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
         self.table = NoiseTable(scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"])
         self.table.to(device)
@@ -142,6 +136,37 @@ class StableDiffusion(Denoiser):
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents.to(torch.float32).contiguous(memory_format=torch.channels_last)
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+    """The three networks of a folder in diffusers' layout, on the CPU, in `dtype`, the VAE in float32."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    common = {"use_safetensors": True, "local_files_only": True}
+    # low_cpu_mem_usage would need the accelerate package.
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, low_cpu_mem_usage=False, **common)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, low_cpu_mem_usage=False, **common)
+    return unet, vae, CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **common)
+
+
+def load_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
+    """The folder's tokenizer, or CLIP's own of `length` tokens where it has none."""
+    from transformers import CLIPTokenizer
+
+    if (folder / "tokenizer").is_dir():
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return clip_tokenizer(length)
+
+
+def check_source(source: Path) -> None:
+    """Raise `ModelError`, one line, for what can be neither a model's folder nor its single file."""
+    if source.is_file() or source.suffix in SUFFIXES:
+        check_single_file(source)
+    else:
+        check_folder(source)
 
 
 def check_folder(folder: Path) -> None:
