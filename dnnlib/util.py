@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import http.client
 import os
 import queue
+import sys
 import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+
+from tqdm import tqdm
 
 from torch_utils.checkpoint import CHUNK_BYTES, atomic_file, sha256_file
 from torch_utils.errors import UserError
@@ -88,28 +93,62 @@ def download(
 ) -> None:
     """Fetch `url` to `path`, which appears only when every announced byte has come and `size` and `sha256` agree.
 
-    Raises `DownloadError`, one line with the address and the reason.
+    What came of a download that broke off stays in `.<name>.part` and is gone on with, if the server still has the same
+    content by its ETag. Another process that fetches the same file is waited for, and its file taken. Shows a bar on
+    stderr after two seconds. Raises `DownloadError`, one line with the address and the reason.
     """
+    path = Path(path)
+    before = _identity(path)
     try:
-        opened = within(ANSWER_SECONDS, lambda: urllib.request.urlopen(url, timeout=timeout))
-        with opened as response, atomic_file(path) as temporary:
-            announced = response.headers.get("Content-Length")
-            expected = size if announced is None else int(announced)
-            digest = hashlib.sha256()
-            received = 0
-            with open(temporary, "wb") as file:
-                while chunk := response.read(CHUNK_BYTES):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    received += len(chunk)
-            if expected is not None and received != expected:
-                raise DownloadError(f"{url} broke off after {received} of {expected} bytes; try again")
-            if size is not None and received != size:
-                raise DownloadError(f"{url} has {received} bytes, expected {size}")
-            if sha256 is not None:
-                _check_sha256(digest.hexdigest(), sha256, url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _identity(path) == before:
+                _fetch(url, path, size, sha256, timeout)
     except (OSError, http.client.HTTPException) as error:
         raise DownloadError(f"cannot fetch {url}: {error}") from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Inode and time of change of a file, another one after it was replaced; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _fetch(url: str, path: Path, size: int | None, sha256: str | None, timeout: float) -> None:
+    part, tag = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.etag")
+    had = part.stat().st_size if part.exists() and tag.exists() else 0
+    headers = {"Range": f"bytes={had}-", "If-Range": tag.read_text(encoding="utf-8")} if had else {}
+    request = urllib.request.Request(url, headers=headers)
+    with within(ANSWER_SECONDS, lambda: urllib.request.urlopen(request, timeout=timeout)) as response:
+        # A server that cannot or need not go on answers 200 and sends everything again.
+        had = had if response.status == HTTPStatus.PARTIAL_CONTENT else 0
+        announced = response.headers.get("Content-Length")
+        expected = size if announced is None else had + int(announced)
+        tag.unlink(missing_ok=True)
+        bar = tqdm(total=expected, initial=had, unit="B", unit_scale=True, delay=2, desc=path.name, file=sys.stderr)
+        with bar, open(part, "ab" if had else "wb") as file:
+            if etag := response.headers.get("ETag"):
+                tag.write_text(etag, encoding="utf-8")
+            while chunk := response.read(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+            received = file.tell()
+    if expected is not None and received < expected:
+        raise DownloadError(f"{url} broke off after {received} of {expected} bytes; try again")
+    try:
+        if size is not None and received != size:
+            raise DownloadError(f"{url} has {received} bytes, expected {size}")
+        if sha256 is not None:
+            _check_sha256(sha256_file(part), sha256, url)
+        with atomic_file(path) as temporary:
+            os.replace(part, temporary)
+    finally:
+        part.unlink(missing_ok=True)
+        tag.unlink(missing_ok=True)
 
 
 def within(seconds: float, ask: Callable[[], T]) -> T:

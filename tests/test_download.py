@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/file.bin")
             self.end_headers()
             return
+        if self.path == "/large":
+            self.send_large()
+            return
         self.send_response(200)
         if self.path != "/unannounced":
             self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
         self.wfile.write(CONTENT[:-1000] if self.path in ("/short", "/unannounced") else CONTENT)
+
+    def send_large(self):
+        """Goes on where it is asked to if the content is the same; breaks off in the middle as often as told."""
+        server, first = self.server, 0
+        same = self.headers.get("If-Range") == server.etag
+        if same:
+            first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        self.send_response(206 if same else 200)
+        self.send_header("ETag", server.etag)
+        self.send_header("Content-Length", str(len(server.content) - first))
+        self.end_headers()
+        server.sent.append(first)
+        time.sleep(server.pause)
+        breaks = server.breaks > 0
+        server.breaks -= breaks
+        self.wfile.write(server.content[first : first + 500_000] if breaks else server.content[first:])
 
     def do_HEAD(self):
         self.do_GET()
@@ -61,6 +81,8 @@ def server(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.requests, httpd.release = [], threading.Event()
+    httpd.content, httpd.etag, httpd.breaks, httpd.sent = CONTENT, '"one"', 0, []
+    httpd.pause = 0.0
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -77,7 +99,9 @@ def read(url: str, **options) -> bytes:
 
 
 def files_below(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    """All but locks and what is kept of downloads that broke off."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".lock", ".part", ".etag")]
+    return sorted(str(p.relative_to(folder)) for p in files)
 
 
 def test_easy_dict():
@@ -119,7 +143,7 @@ def test_equal_names_at_different_addresses_are_different_files(server):
 
 def test_open_url_notices_damage_in_the_cache(server, tmp_path):
     read(f"{server.url}/file.bin")
-    (stored,) = (tmp_path / "cache" / "downloads").iterdir()
+    (stored,) = (tmp_path / "cache" / "downloads").glob("*.bin")
     stored.write_bytes(CONTENT[:-1])
     with pytest.raises(DownloadError, match=re.escape(stored.name)):
         read(f"{server.url}/file.bin", sha256=SHA256)
@@ -158,6 +182,46 @@ def test_failed_downloads_leave_nothing_and_keep_the_old_file(server, tmp_path, 
         assert "\n" not in str(caught.value)
         assert files_below(tmp_path) == ([] if old is None else ["f"])
     assert (tmp_path / "f").read_bytes() == b"old"
+
+
+def test_a_download_that_broke_off_goes_on(server, tmp_path):
+    server.breaks = 2
+    for _ in range(2):
+        with pytest.raises(DownloadError, match="broke off after"):
+            download(f"{server.url}/large", tmp_path / "f")
+    download(f"{server.url}/large", tmp_path / "f", sha256=SHA256)
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    assert server.sent == [0, 500_000, 1_000_000]
+    assert sorted(os.listdir(tmp_path)) == [".f.lock", "f"]
+
+
+def test_what_came_of_another_content_is_not_gone_on_with(server, tmp_path):
+    server.breaks = 1
+    with pytest.raises(DownloadError, match="broke off after 500000 of 1280000 bytes; try again"):
+        download(f"{server.url}/large", tmp_path / "f")
+    server.content, server.etag = CONTENT[::-1], '"two"'
+    download(f"{server.url}/large", tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == CONTENT[::-1] and server.sent == [0, 0]
+
+
+def test_a_damaged_part_is_thrown_away(server, tmp_path):
+    server.breaks = 1
+    with pytest.raises(DownloadError):
+        download(f"{server.url}/large", tmp_path / "f")
+    (tmp_path / ".f.part").write_bytes(b"x" * 500_000)
+    with pytest.raises(DownloadError, match="has SHA-256"):
+        download(f"{server.url}/large", tmp_path / "f", sha256=SHA256)
+    download(f"{server.url}/large", tmp_path / "f", sha256=SHA256)
+    assert (tmp_path / "f").read_bytes() == CONTENT
+
+
+def test_who_comes_while_another_fetches_waits_and_takes_its_file(server, tmp_path):
+    server.pause = 0.5
+    with ThreadPoolExecutor(3) as pool:  # each opens the lock for itself, as processes do
+        list(pool.map(lambda _: download(f"{server.url}/large", tmp_path / "f"), range(3)))
+    assert server.sent == [0] and (tmp_path / "f").read_bytes() == CONTENT
+    download(f"{server.url}/large", tmp_path / "f")
+    assert server.sent == [0, 0]
 
 
 @pytest.mark.parametrize("url", ["weights.bin", "/etc/passwd", "ftp://host/file", ""])

@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dnnlib.util import ANSWER_SECONDS, TIMEOUT, DownloadError, cache_dir, download, within
 from torch_utils.checkpoint import atomic_write_text, sha256_file
 
 PROJECT = Path(__file__).resolve().parents[1]
+# owner/name of a model on the Hugging Face hub, with @ and a branch, tag or commit, or without.
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,17 @@ ASSETS: dict[str, Asset] = {
 }
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether `text` can be the name of a model on the Hugging Face hub, as `check_file_by_key` takes it."""
+    return HUB_ID.fullmatch(text) is not None
+
+
 def check_file_by_key(key: str) -> Path:
     """Path of a known file (keys "prompts", "hps_v2.1") or folder ("ms_coco", diffusers layout), fetched if need be.
+
+    The key `owner/name` or `owner/name@revision` is a Stable Diffusion 1.x of the hub, a folder in diffusers' layout.
+    Of the repository of "ms_coco" the pinned commit is taken, with sizes and hashes; of others `main`, and their files
+    are checked by nothing but the hub's client. What is in the cache stays as it is.
 
     Raises `DownloadError`, one line, for an unknown key, for a local copy with another size or hash, and within some
     five seconds when the file is not here and cannot be fetched: it then names the file, its source, its hash, and the
@@ -204,9 +216,26 @@ def stamped_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _asset(key: str) -> Asset:
-    if key not in ASSETS:
-        raise DownloadError(f"unknown file key {key!r}; known keys: {', '.join(ASSETS)}")
-    return ASSETS[key]
+    if key in ASSETS:
+        return ASSETS[key]
+    named = HUB_ID.fullmatch(key)
+    if named is None:
+        raise DownloadError(f"unknown file key {key!r}; known keys: {', '.join(ASSETS)}, or owner/name of a hub model")
+    pinned = ASSETS["ms_coco"]
+    if named["repo"] == pinned.repo and named["revision"] in (None, pinned.revision):
+        return pinned
+    revision = named["revision"] or "main"
+    folder = f"{named['repo']}@{revision}".replace("/", "--")
+    return replace(
+        pinned,
+        key=key,
+        files=tuple(KnownFile(file.name) for file in pinned.files),
+        project_dir=f"weights/{folder}",
+        cache_name=f"hub/{folder}",
+        used_by=f"the model {key} (no such folder here)",
+        repo=named["repo"],
+        revision=revision,
+    )
 
 
 def _is_complete(asset: Asset, folder: Path) -> bool:

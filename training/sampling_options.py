@@ -31,7 +31,8 @@ OPTIONS = (
     ),
     click.option(
         "--model-path",
-        help="The model: a folder in diffusers' layout, or a .safetensors or .ckpt file in the original one",
+        help="The model: a folder in diffusers' layout, a .safetensors or .ckpt file in the original one, or "
+        "owner/name[@revision] of the Hugging Face hub",
         metavar="PATH",
         show_default="checkout, cache or download",
     ),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from torch_utils.download_util import check_file_by_key, locate
+from torch_utils.download_util import check_file_by_key, is_hub_id, locate
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
+from training.denoisers.single_file import SUFFIXES
 from training.denoisers.stable_diffusion import StableDiffusion, check_source
 
 __all__ = [
@@ -68,11 +69,20 @@ def check_model(
         raise ModelError(f"guidance_rate {guidance_rate} must be a number from 0 on (1 is unguided)")
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
-    backbone = BACKBONES[dataset_name]
-    source = Path(model_path) if model_path is not None else backbone.folder or locate(backbone.asset)
+    key = _download_key(dataset_name, model_path)
+    source = locate(key) if key is not None else Path(model_path or BACKBONES[dataset_name].folder)
     if source is not None:
         check_source(source)
     return source
+
+
+def _download_key(dataset_name: str, model_path: str | Path | None) -> str | None:
+    """Key of the weights for `check_file_by_key`; None where they are a file or folder of this machine."""
+    if model_path is None:
+        return BACKBONES[dataset_name].asset
+    path = Path(model_path)
+    is_id = is_hub_id(str(model_path)) and path.suffix not in SUFFIXES and not path.exists()
+    return str(model_path) if is_id else None
 
 
 def check_model_schedule(dataset_name: str, schedule_type: str) -> None:
@@ -94,7 +104,7 @@ def find_model(
     """The folder or file that `create_model` will read, downloaded if need be; arguments and errors are the same."""
     source = check_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
     if source is None:
-        source = check_file_by_key(BACKBONES[dataset_name].asset)
+        source = check_file_by_key(_download_key(dataset_name, model_path))
         check_source(source)
     return source
 
@@ -112,8 +122,9 @@ def create_model(
     dataset_name   "ms_coco" (Stable Diffusion v1.5) or "emoji" (the embedded model).
     guidance_type  "cfg", classifier-free guidance.
     guidance_rate  guidance scale >= 0; 1 is unguided.
-    model_path     a local folder in diffusers' layout, or a .safetensors or .ckpt file in the original CompVis layout
-                   (`load_single_file`); None: the checkout, the cache or a download.
+    model_path     a local folder in diffusers' layout; a .safetensors or .ckpt file in the original CompVis layout
+                   (`load_single_file`); owner/name[@revision] of the Hugging Face hub (`check_file_by_key`); None: the
+                   checkout, the cache or a download of the pinned revision.
     precision      of the network: float32, float16 or bfloat16.
 
     Raises `ModelError` or `DownloadError`, one line, when the weights or the arguments will not do.

@@ -48,7 +48,8 @@ class ModelConfig:
     num_steps: int | None = None  # nodes of the schedule (intervals + 1); null: those of the start table
     num_points: int | None = None  # intermediate points per interval; null: those of the start table
     afs: bool = False  # replace the very first slope by its analytical value
-    model_path: str | None = None  # folder or single file of the backbone's weights; null: its usual place
+    # folder, single file, or owner/name[@revision] on the hub of the backbone's weights; null: its usual place
+    model_path: str | None = None
     precision: str = "float32"  # of the backbone: float32, float16 or bfloat16
 
 
