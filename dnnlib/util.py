@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from torch_utils.checkpoint import CHUNK_BYTES, atomic_file, sha256_file
 from torch_utils.errors import UserError
+from torch_utils.options import CACHE_VARIABLE
 
 # Seconds without a byte before a server counts as unreachable, and seconds for its first answer altogether:
 # a missing file has to be reported within five.
@@ -54,7 +55,7 @@ class EasyDict(dict[str, Any]):
 
 def cache_dir() -> Path:
     """Folder of everything that is downloaded: the environment variable EPD_CACHE, or `~/.cache/epd`."""
-    return Path(os.environ.get("EPD_CACHE") or "~/.cache/epd").expanduser()
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/epd").expanduser()
 
 
 def open_url(

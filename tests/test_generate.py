@@ -32,7 +32,7 @@ from solver_utils import (
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from training import table_metadata
-from training.denoisers import BACKBONES
+from training.denoisers import BACKBONES, note_resolution
 from training.generate import EXPLICIT, TABLE_SOLVERS, SamplingPlan, generate_images, table_schedule, write_images
 from training.images import load_image
 from training.manifest import Manifest, image_name
@@ -85,6 +85,24 @@ def differ_by_rounding_only(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def pngs(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.png"))}
+
+
+def test_a_table_that_claims_another_resolution_makes_the_models_pictures(tmp_path):
+    """As the published Stable Diffusion v1.5 tables do; the models' own are 64 and 512 pixels."""
+    folders = []
+    for claimed in (None, 64, 1024):
+        folder = tmp_path / str(claimed)
+        folder.mkdir()
+        table = start_table(folder, img_resolution=claimed)
+        options = ["--prompt-file", str(TEST_PROMPTS), "--seeds", "3", "--outdir", str(folder / "out")]
+        result = run_cli(sample.main, "--predictor_path", str(table), *options)
+        assert result.exit_code == 0
+        assert ("note: the table says 1024 pixels, the model makes 64" in result.stderr) == (claimed == 1024)
+        folders.append(pngs(folder / "out"))
+    assert folders[0] == folders[1] == folders[2] and len(folders[0]) == 1
+    elsewhere = tmp_path / "v1-5.safetensors"  # a single file: its size is that of the configurations
+    assert note_resolution("ms_coco", elsewhere, 512) is None
+    assert "1024 pixels, the model makes 512" in note_resolution("ms_coco", elsewhere, 1024)
 
 
 @pytest.mark.parametrize("options", [{}, {"s_churn": 3.0}], ids=["ddim", "edm with churn"])

@@ -122,6 +122,30 @@ def test_the_repository_that_is_known_has_its_hashes(name, tmp_path, monkeypatch
     assert PINNED.files[-1].sha256 not in str(caught.value) and "tree/main" in str(caught.value)
 
 
+PRESET = ("--config", ROOT / "training/ppo/cfgs/sd15_single.yaml")
+NAMED = ("--dataset-name", "ms_coco", "--prompt", "x", "--seeds", "0")
+
+
+@pytest.mark.parametrize(
+    ("command", "asks"),
+    [
+        ([ROOT / "sample.py", "--predictor_path", ROOT / "docs/learning.md"], False),
+        ([ROOT / "sample_baseline.py", "--sampler", "ddim", *NAMED], True),
+        (["-m", "training.ppo.launch", *PRESET], True),
+        (["-m", "training.distill", *PRESET], True),
+        (["-m", "training.ppo.scripts.score_hps", "--images", ROOT / "docs"], False),
+    ],
+)
+def test_commands_take_the_cache_folder(command, asks, tmp_path):
+    """Those that get so far say that what they lack is to be put there."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, *command, "--cache-dir", tmp_path / "elsewhere"]
+    ended = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and ended.stderr.startswith("Error: ") and len(ended.stderr.splitlines()) == 1
+    assert (str(tmp_path / "elsewhere") in ended.stderr) == asks
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_is_no_name(tmp_path, monkeypatch):
     for text in ("name", "/a/b", "../b", "a/../b", "a/b/c", "a/b@", "a b/c", "a/b\n", "~/b", "a/.b"):
         assert not is_hub_id(text), text

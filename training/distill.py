@@ -21,6 +21,7 @@ import click
 from tqdm import tqdm
 
 from torch_utils.errors import UserError, user_errors
+from torch_utils.options import cache_dir_option
 from training.ppo.config import Config, DistillConfig, check_files, check_names, load_config, to_yaml
 
 # Heavy modules are imported where they are used: --help and --dry-run answer without torch.
@@ -456,6 +457,7 @@ def summary(distilled: Distilled) -> list[str]:
     type=Path,
     show_default="<run.output_root>/<model>-<nodes>-<calls>-epd-distilled/table.safetensors",
 )
+@cache_dir_option
 @click.option("--device", help="Where the model runs", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("-n", "--dry-run", help="Check, print the resolved configuration, and stop", is_flag=True)
 @user_errors

@@ -28,7 +28,15 @@ from solver_utils import (
 from solvers import SOLVERS
 from torch_utils import distributed
 from torch_utils.seeds import noise
-from training.denoisers import Denoiser, TextCond, check_model, check_model_schedule, create_model, find_model
+from training.denoisers import (
+    Denoiser,
+    TextCond,
+    check_model,
+    check_model_schedule,
+    create_model,
+    find_model,
+    note_resolution,
+)
 from training.images import image_grid, quantize, save_png
 from training.manifest import Manifest, image_name
 from training.table import SolverTable
@@ -319,7 +327,9 @@ def _prepare(
     plan.check()
     manifest = Manifest(outdir, plan.record())
     todo = list(prompt_of) if overwrite else manifest.missing(prompt_of)
-    find_model(plan.dataset_name, plan.guidance_type, plan.guidance_rate, plan.model_path, plan.precision)
+    model = find_model(plan.dataset_name, plan.guidance_type, plan.guidance_rate, plan.model_path, plan.precision)
+    if plan.table is not None and (note := note_resolution(plan.dataset_name, model, plan.table.img_resolution)):
+        distributed.print0(note)
     manifest.open(locks)
     if not todo:
         manifest.begin([])  # the last run may have been cut off between its last image and the joined manifest

@@ -9,6 +9,7 @@ from typing import TypeVar
 import click
 
 from torch_utils.errors import UserError
+from torch_utils.options import cache_dir_option
 
 F = TypeVar("F", bound=Callable)
 
@@ -42,6 +43,7 @@ OPTIONS = (
         type=click.Choice(["float32", "float16", "bfloat16"]),
         default="float32",
     ),
+    cache_dir_option,
     click.option("--device", help="Where to run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
     click.option("--grid", help="Also write grid.png with the first 64 images", is_flag=True),
     click.option("--overwrite", help="Make images anew that are there already", is_flag=True),

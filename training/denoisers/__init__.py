@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_model_schedule",
     "create_model",
     "find_model",
+    "note_resolution",
 ]
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
@@ -107,6 +109,22 @@ def find_model(
         source = check_file_by_key(_download_key(dataset_name, model_path))
         check_source(source)
     return source
+
+
+def note_resolution(dataset_name: str, source: Path, claimed: int | None) -> str | None:
+    """One line where a table's `img_resolution` is not the model's in pixels, known from its configurations alone.
+
+    `source` is what `find_model` gave. The published Stable Diffusion v1.5 tables claim 1024 and were made at 512.
+    """
+    configs = source if source.is_dir() else BACKBONES[dataset_name].configs
+    latents, blocks = (
+        json.loads((configs / part / "config.json").read_text(encoding="utf-8"))[key]
+        for part, key in (("unet", "sample_size"), ("vae", "block_out_channels"))
+    )
+    pixels = latents * 2 ** (len(blocks) - 1)  # the VAE halves the picture between its levels
+    if claimed in (None, pixels):
+        return None
+    return f"note: the table says {claimed} pixels, the model makes {pixels}: pictures of {pixels} are made"
 
 
 def create_model(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch_utils.distributed import print0
 from torch_utils.download_util import check_file_by_key
-from training.denoisers import check_model, check_model_schedule, find_model
+from training.denoisers import check_model, check_model_schedule, find_model, note_resolution
 from training.ppo.cold_start import cold_start_table
 from training.ppo.config import Config, ConfigError, ModelConfig
 from training.ppo.reward_multi import check_reward_weights
@@ -35,7 +35,9 @@ def load_inputs(config: Config) -> Inputs:
     check_reward_weights(config.reward.type, config.reward.weights_path)
     for metric in config.evaluation.metrics:
         check_reward_weights(metric)
-    find_model(*named)  # last, because it may download gigabytes
+    found = find_model(*named)  # last, because it may download gigabytes
+    if note := note_resolution(model.dataset_name, found, start.img_resolution):
+        print0(note)
     return Inputs(start, prompts, evaluation_prompts)
 
 

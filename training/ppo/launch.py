@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from torch_utils.errors import user_errors
+from torch_utils.options import cache_dir_option
 from training.ppo.config import (
     Config,
     ConfigError,
@@ -138,6 +139,7 @@ def describe(config: Config) -> str:
     "--override", "overrides", help="Change one key, e.g. ppo.steps=100; repeatable", metavar="KEY=VALUE", multiple=True
 )
 @click.option("--resume", help="auto, never, or a run folder to continue", metavar="auto|never|RUN_DIR", default="auto")
+@cache_dir_option
 @click.option("--device", help="Where the models run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("-n", "--dry-run", help="Check, print the resolved configuration, and stop", is_flag=True)
 @user_errors

@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import click
 
+from torch_utils.options import cache_dir_option
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -18,6 +20,7 @@ OPTIONS = (
     click.option("--prompts", metavar="FILE", type=FILE, help="prompts, for folders without a manifest.jsonl"),
     click.option("--output-json", metavar="FILE", type=FILE, help="write the summary and the score of each image here"),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="images per forward"),
+    cache_dir_option,
     click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
 )
 
