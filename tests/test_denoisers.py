@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from solvers import epd_sampler
 from training.denoisers import EMBEDDED, ModelError, check_model, create_model
 from training.denoisers.stable_diffusion import NoiseTable
+from training.generate import initial_latents, table_schedule
+from training.ppo.cold_start import cold_start_table
 
 PROMPTS = ["a 3d emoji of bat on a red background", "a flat emoji of pie on a tan background"]
 
@@ -97,6 +100,41 @@ def test_prompts_and_decoder_equal_the_pipeline(net, pipeline):
     with torch.no_grad():
         expected = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     torch.testing.assert_close(net.decode(latents), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_that_is_cut_is_said_once(capsys):
+    net = create_model("emoji")
+    long = "a very long prompt about a bat " * 30
+    capsys.readouterr()
+    for _ in range(2):
+        net.encode_prompts([PROMPTS[0], long, long, ""])
+    (line,) = capsys.readouterr().err.splitlines()
+    tokens = len(net.tokenizer(long).input_ids)
+    assert line.startswith(f"note: a prompt of {tokens} tokens is cut to 24; the model reads no further than: ...")
+    read = line.partition("...")[2]
+    assert read in long  # the very words
+    assert torch.equal(net.encode_prompts([long]).text, net.encode_prompts([long[: long.find(read) + len(read)]]).text)
+    net.encode_prompts(["another " * 40])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("guidance", "limit", "levels"), [(1.0, 2e-3, 0.05), (7.5, 0.04, 1.0)])
+def test_half_precision_over_a_whole_trajectory(guidance, limit, levels):
+    """EPD with 10 intervals: the latents' relative error and the pixels' mean error in 8-bit levels.
+
+    Measured on four pictures: 6e-4 and 0.014 unguided, 0.013 and 0.41 at guidance 7.5, which amplifies every rounding.
+    """
+    table = cold_start_table(11, 2)
+    ends, pictures, kinds = [], [], set()
+    for precision in ("float32", "float16"):
+        net = create_model("emoji", guidance_rate=guidance, precision=precision)
+        sigmas = table_schedule(table, net)
+        x, cond = initial_latents(net, PROMPTS[:1], [1], sigmas)
+        ends.append(epd_sampler(net, x, sigmas, cond, table=table, callback=lambda i, x, sigma: kinds.add(x.dtype)))
+        pictures.append(net.decode(ends[-1]))
+    assert kinds == {torch.float32}
+    assert 0 < (ends[1] - ends[0]).norm() / ends[0].norm() < limit
+    assert (pictures[1] - pictures[0]).abs().mean() * 127.5 < levels
 
 
 def test_guidance_one_runs_one_branch_and_counters_count_rows():

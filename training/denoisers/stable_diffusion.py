@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
 from training.denoisers.single_file import SUFFIXES, check_single_file, clip_tokenizer, load_single_file
@@ -98,6 +100,7 @@ class StableDiffusion(Denoiser):
         self.sigma_min = SIGMA_MIN
         self.sigma_max = self.table.sigma(torch.ones(())).item()
         self.calls = self.rows = 0
+        self.noted: set[str] = set()  # prompts that were looked at for their length
         self.empty_text = self._embed([""])
 
     def slope(self, x: Tensor, sigma: Tensor, cond: TextCond) -> Tensor:
@@ -125,7 +128,20 @@ class StableDiffusion(Denoiser):
         return noise * sigma0
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextCond:
+        self._note_truncation(prompts)
         return TextCond(self._embed(list(prompts)))
+
+    def _note_truncation(self, prompts: Sequence[str]) -> None:
+        """One line on stderr for each prompt that is longer than the text encoder takes; once in this model's life."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.noted]
+        self.noted.update(new)
+        limit = self.tokenizer.model_max_length
+        # `verbose` would have the tokenizer warn too, of the first one only.
+        for ids in self.tokenizer(new, verbose=False).input_ids if new else []:
+            if len(ids) > limit:
+                read = self.tokenizer.decode(ids[1 : limit - 1]).strip()[-40:]
+                note = f"a prompt of {len(ids)} tokens is cut to {limit}; the model reads no further than: ...{read}"
+                tqdm.write(f"note: {note}", file=sys.stderr)
 
     @torch.no_grad()
     def _embed(self, prompts: list[str]) -> Tensor:
