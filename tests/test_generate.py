@@ -33,6 +33,7 @@ from torch_utils import distributed
 from torch_utils.errors import UserError
 from training import table_metadata
 from training.denoisers import BACKBONES, note_resolution
+from training.denoisers.stable_diffusion import StableDiffusion
 from training.generate import EXPLICIT, TABLE_SOLVERS, SamplingPlan, generate_images, table_schedule, write_images
 from training.images import load_image
 from training.manifest import Manifest, image_name
@@ -348,6 +349,33 @@ def test_interrupted_run_leaves_lines_that_the_next_one_uses(tmp_path):
     write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=1, device="cpu")
     assert (out / image_name(0)).stat().st_mtime_ns == kept
     assert [json.loads(line)["seed"] for line in (out / "manifest.jsonl").read_text().splitlines()] == [0, 1]
+
+
+@pytest.mark.parametrize(("with_table", "advice"), [(False, "lower --batch."), (True, "--max-rows (now no limit)")])
+def test_too_many_images_for_the_gpu_are_said_and_fewer_go_on(tmp_path, monkeypatch, with_table, advice):
+    """The memory gives out at the second batch; the first one's pictures stay."""
+    table = start_table(tmp_path)
+    plan = SamplingPlan.of_table(load_table(table), None, "float32") if with_table else PLAN
+    decode, done = StableDiffusion.decode, []
+
+    def hungry(self, latents):
+        if done:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        done.append(len(latents))
+        return decode(self, latents)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(StableDiffusion, "decode", hungry)
+        with pytest.raises(UserError, match="does not suffice for 2 images at a time") as caught:
+            write_images(plan, [0, 1, 2], PROMPTS[:3], out, batch=2, device="cpu")
+    assert advice in str(caught.value)
+    distributed.shutdown()
+    before = pngs(out)
+    assert len(before) == 2
+    write_images(plan, [0, 1, 2], PROMPTS[:3], out, batch=1, device="cpu")
+    after = pngs(out)
+    assert len(after) == 3 and before.items() <= after.items()
 
 
 def test_a_run_cut_off_before_its_manifest_needs_no_new_image(tmp_path):

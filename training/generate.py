@@ -27,6 +27,7 @@ from solver_utils import (
 )
 from solvers import SOLVERS
 from torch_utils import distributed
+from torch_utils.errors import UserError
 from torch_utils.seeds import noise
 from training.denoisers import (
     Denoiser,
@@ -316,6 +317,14 @@ def write_images(
                 pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
                 save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / "grid.png")
             distributed.barrier()
+    except torch.OutOfMemoryError as error:
+        advice = "lower --batch"
+        if plan.table is not None:
+            advice += f", or split the rows of a call with --max-rows (now {max_rows or 'no limit'})"
+        raise UserError(
+            f"the GPU's memory does not suffice for {batch} images at a time; {advice}. Finished images are kept: "
+            "start again with the same folder"
+        ) from error
     finally:
         distributed.shutdown()
 
