@@ -9,6 +9,7 @@ import os
 import queue
 import sys
 import threading
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
@@ -124,7 +125,14 @@ def _fetch(url: str, path: Path, size: int | None, sha256: str | None, timeout: 
     had = part.stat().st_size if part.exists() and tag.exists() else 0
     headers = {"Range": f"bytes={had}-", "If-Range": tag.read_text(encoding="utf-8")} if had else {}
     request = urllib.request.Request(url, headers=headers)
-    with within(ANSWER_SECONDS, lambda: urllib.request.urlopen(request, timeout=timeout)) as response:
+    try:
+        opened = within(ANSWER_SECONDS, lambda: urllib.request.urlopen(request, timeout=timeout))
+    except urllib.error.HTTPError as error:
+        if not had or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        tag.unlink()  # all of it had come, and the process died before the last step: from the start then
+        return _fetch(url, path, size, sha256, timeout)
+    with opened as response:
         # A server that cannot or need not go on answers 200 and sends everything again.
         had = had if response.status == HTTPStatus.PARTIAL_CONTENT else 0
         announced = response.headers.get("Content-Length")

@@ -55,6 +55,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         same = self.headers.get("If-Range") == server.etag
         if same:
             first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        if same and first >= len(server.content):
+            self.send_error(416)
+            return
         self.send_response(206 if same else 200)
         self.send_header("ETag", server.etag)
         self.send_header("Content-Length", str(len(server.content) - first))
@@ -193,6 +196,15 @@ def test_a_download_that_broke_off_goes_on(server, tmp_path):
     assert (tmp_path / "f").read_bytes() == CONTENT
     assert server.sent == [0, 500_000, 1_000_000]
     assert sorted(os.listdir(tmp_path)) == [".f.lock", "f"]
+
+
+def test_a_download_that_died_at_its_end_begins_anew(server, tmp_path):
+    server.breaks = 1
+    with pytest.raises(DownloadError):
+        download(f"{server.url}/large", tmp_path / "f")
+    (tmp_path / ".f.part").write_bytes(CONTENT)
+    download(f"{server.url}/large", tmp_path / "f", sha256=SHA256)
+    assert (tmp_path / "f").read_bytes() == CONTENT and server.sent == [0, 0]
 
 
 def test_what_came_of_another_content_is_not_gone_on_with(server, tmp_path):
