@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.denoisers import TextCond, find_model
+from training.denoisers import EMBEDDED, TextCond
 from training.denoisers.stable_diffusion import StableDiffusion
 from training.ppo.reward_models.emoji import RewardEmoji
 
@@ -42,7 +42,7 @@ class BatchDenoiser(StableDiffusion):
     """The backbone with a memory for prompts, whose decoder works in pieces."""
 
     def __init__(self, folder: Path, guidance_rate: float, device: torch.device, precision: str):
-        super().__init__(folder, "emoji", guidance_rate, device, precision)
+        super().__init__(folder, folder, "emoji", guidance_rate, device, precision)
         self.texts = TextRows(self._embed)
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextCond:
@@ -70,4 +70,4 @@ class BatchReward(RewardEmoji):
 
 
 def load_denoiser(device: str, precision: str, guidance_rate: float) -> BatchDenoiser:
-    return BatchDenoiser(find_model("emoji"), guidance_rate, torch.device(device), precision)
+    return BatchDenoiser(EMBEDDED, guidance_rate, torch.device(device), precision)
