@@ -174,6 +174,7 @@ def test_cond_repeats_sample_major(net):
         ({"dataset_name": "emoji", "guidance_rate": float("nan")}, "guidance_rate nan must be"),
         ({"dataset_name": "emoji", "precision": "int8"}, "unknown precision 'int8'"),
         ({"dataset_name": "emoji", "model_path": "no/such/folder"}, "no/such/folder does not exist"),
+        ({"dataset_name": "ms_coco", "model_path": ""}, "model folder . lacks scheduler"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -11,7 +11,7 @@ import pickle
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -126,15 +126,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _parse(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} holds something other than tensors, numbers, strings, lists and dicts"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__}, not a dict")
-    return state
+    return _load(io.BytesIO(data), f"checkpoint {path}", "one of ours")
 
 
 def load_tensors(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -142,13 +134,22 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
     Raises `CheckpointError`, one line, for a file that is damaged, would run code, or holds no dict.
     """
+    return _load(path, f"{path}", kind)
+
+
+def _load(source: str | os.PathLike[str] | BinaryIO, name: str, kind: str) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be read as {kind}: {reason[0][:160]}") from error
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read as {kind}: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+        # What torch says advises to switch the protection off.
+        raise CheckpointError(
+            f"{name} cannot be read as {kind}: it is damaged, or holds something other than tensors, numbers, strings, "
+            "lists and dicts"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not {kind}: it holds a {type(content).__name__}, not a dict")
+        raise CheckpointError(f"{name} is not {kind}: it holds a {type(content).__name__}, not a dict")
     return content
 
 

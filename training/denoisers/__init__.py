@@ -72,7 +72,8 @@ def check_model(
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
     key = _download_key(dataset_name, model_path)
-    source = locate(key) if key is not None else Path(model_path or BACKBONES[dataset_name].folder)
+    here = BACKBONES[dataset_name].folder if model_path is None else model_path
+    source = locate(key) if key is not None else Path(here)
     if source is not None:
         check_source(source)
     return source
@@ -116,13 +117,15 @@ def note_resolution(dataset_name: str, source: Path, claimed: int | None) -> str
 
     `source` is what `find_model` gave. The published Stable Diffusion v1.5 tables claim 1024 and were made at 512.
     """
+    if claimed is None:
+        return None
     configs = source if source.is_dir() else BACKBONES[dataset_name].configs
     latents, blocks = (
         json.loads((configs / part / "config.json").read_text(encoding="utf-8"))[key]
         for part, key in (("unet", "sample_size"), ("vae", "block_out_channels"))
     )
     pixels = latents * 2 ** (len(blocks) - 1)  # the VAE halves the picture between its levels
-    if claimed in (None, pixels):
+    if claimed == pixels:
         return None
     return f"note: the table says {claimed} pixels, the model makes {pixels}: pictures of {pixels} are made"
 

@@ -179,10 +179,10 @@ def load_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
 
 def check_source(source: Path) -> None:
     """Raise `ModelError`, one line, for what can be neither a model's folder nor its single file."""
-    if source.is_file() or source.suffix in SUFFIXES:
-        check_single_file(source)
-    else:
+    if source.is_dir() or (source.suffix not in SUFFIXES and not source.is_file()):
         check_folder(source)
+    else:
+        check_single_file(source)
 
 
 def check_folder(folder: Path) -> None:
