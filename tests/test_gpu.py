@@ -83,3 +83,45 @@ def test_gradients_on_the_gpu_point_where_those_on_the_cpu_do(precision):
     torch.testing.assert_close(gpu_scores, cpu_scores, atol=0.02, rtol=0)
     assert torch.cosine_similarity(cpu, gpu, dim=0) > (0.9999 if precision == "float32" else 0.99)
     assert gpu.norm() / cpu.norm() == pytest.approx(1, abs=0.01 if precision == "float32" else 0.05)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return create_model("emoji", guidance_rate=7.5, device="cuda", precision="float16", compile_mode="default")
+
+
+def start_of(net, batch: int, seed: int):
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    x = net.initial_state(noise(range(seed, seed + batch), shape).cuda(), 5.0)
+    sigma = torch.linspace(4, 5, batch, dtype=torch.float64, device="cuda")
+    return x, sigma, net.encode_prompts([f"a 3d emoji of cat {number}" for number in range(seed, seed + batch)])
+
+
+@torch.no_grad()
+def test_what_comes_back_is_compiled_and_replayed(compiled):
+    plain = create_model("emoji", guidance_rate=7.5, device="cuda", precision="float16")
+    first, second = start_of(plain, 3, 0), start_of(plain, 3, 7)
+    latents = first[0] / 5
+    assert torch.equal(compiled.slope(*first), plain.slope(*first))  # the first batch does not wait
+    assert torch.equal(compiled.decode(latents), plain.decode(latents))
+    assert not compiled.epsilon.graphs
+    compiled.batch_done()
+    slopes = [compiled.slope(*start) for start in (first, second)]
+    pictures = [compiled.decode(part) for part in (latents, -latents)]
+    assert len(compiled.epsilon.graphs) == len(compiled.decoder.graphs) == 1
+    for slope, start in zip(slopes, (first, second), strict=True):  # the second replay has not touched the first's
+        expected = plain.slope(*start)
+        assert (slope - expected).norm() / expected.norm() < 0.01
+    for picture, part in zip(pictures, (latents, -latents), strict=True):
+        assert (picture - plain.decode(part)).abs().mean() * 127.5 < 0.2  # levels
+    alone = [part[:1] for part in first]
+    assert torch.equal(compiled.slope(*alone), plain.slope(*alone))  # another number of rows runs as it is
+    assert len(compiled.epsilon.graphs) == 1
+
+
+def test_gradients_go_past_the_graphs(compiled):
+    x, sigma, cond = start_of(compiled, 3, 0)
+    compiled.batch_done()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(compiled.slope(x, sigma, cond).square().sum(), x)
+    assert gradient.norm() > 0

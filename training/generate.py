@@ -83,7 +83,9 @@ def generate_batch(net: Denoiser, prompts: list[str], seeds: list[int], sampler:
     The noise of an image comes from its seed alone; `sampler(net, x, sigmas, cond)` returns the final state.
     """
     x, cond = initial_latents(net, prompts, seeds, sigmas)
-    return quantize(net.decode(sampler(net, x, sigmas, cond)))
+    images = quantize(net.decode(sampler(net, x, sigmas, cond)))
+    net.batch_done()
+    return images
 
 
 def initial_latents(net: Denoiser, prompts: list[str], seeds: list[int], sigmas: Tensor) -> tuple[Tensor, TextCond]:
@@ -165,10 +167,9 @@ class SamplingPlan:
         guided = self.guidance_rate != 1
         return count_nfe(self.solver, self.num_steps, points, guided, self.afs, to_zero=self.to_zero, **self.options)
 
-    def load_model(self, device: torch.device) -> Denoiser:
-        return create_model(
-            self.dataset_name, self.guidance_type, self.guidance_rate, device, self.model_path, self.precision
-        )
+    def load_model(self, device: torch.device, compile_mode: str = "off") -> Denoiser:
+        model = self.dataset_name, self.guidance_type, self.guidance_rate
+        return create_model(*model, device, self.model_path, self.precision, compile_mode)
 
     def nodes(self) -> list[float] | None:
         """`sigmas_list` with a last 0 where `to_zero` asks for it; None for schedules that need the model's range."""
@@ -293,6 +294,7 @@ def write_images(
     batch: int,
     device: str,
     max_rows: int | None = None,
+    compile_mode: str = "off",
     overwrite: bool = False,
     grid: bool = False,
 ) -> None:
@@ -300,8 +302,9 @@ def write_images(
 
     Images that `outdir` already has from an equal plan are kept after a check of their hash; `overwrite` makes them
     anew. Under `torchrun` the ranks share out the seeds. `batch` and `max_rows` (of a network call, for plans with a
-    table) only cut up the work and are no part of the plan. Raises a `UserError` subclass before anything is written
-    when the plan cannot work or `outdir` holds images of another plan.
+    table) only cut up the work, `compile_mode` (see `create_model`) only speeds it up: they are no part of the plan.
+    Raises a `UserError` subclass before anything is written when the plan cannot work or `outdir` holds images of
+    another plan.
     """
     prompt_of = dict(zip(seeds, prompts, strict=True))
     if max_rows is not None:
@@ -312,7 +315,7 @@ def write_images(
             manifest, todo = distributed.on_main(lambda: _prepare(plan, prompt_of, outdir, overwrite, locks))
             distributed.print0(f"{outdir}: {len(todo)} images to make, {len(seeds) - len(todo)} finished before")
             if todo:
-                _generate(plan, manifest, todo, prompt_of, batch, max_rows, overwrite)
+                _generate(plan, manifest, todo, prompt_of, batch, max_rows, compile_mode, overwrite)
             if grid and distributed.is_main():
                 pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
                 save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / "grid.png")
@@ -352,12 +355,13 @@ def _generate(
     prompt_of: dict[int, str],
     batch: int,
     max_rows: int | None,
+    compile_mode: str,
     overwrite: bool,
 ) -> None:
     """This rank's share of `todo`; afterwards rank 0 joins the lines of all ranks."""
     from tqdm import tqdm
 
-    net = plan.load_model(distributed.device())
+    net = plan.load_model(distributed.device(), compile_mode)
     plan.sigmas(net)  # the last thing that can be refused: only now may an old manifest lose lines
     if distributed.is_main():
         manifest.begin(todo if overwrite else [])

@@ -43,6 +43,14 @@ OPTIONS = (
         type=click.Choice(["float32", "float16", "bfloat16"]),
         default="float32",
     ),
+    click.option(
+        "--compile",
+        "compile_mode",
+        help="On a GPU: compile the network once the first batch is done; default pays for hundreds of images, max, "
+        "which tries more kernels, for many thousands. Kept in the cache folder",
+        type=click.Choice(["off", "default", "max"]),
+        default="off",
+    ),
     cache_dir_option,
     click.option("--device", help="Where to run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
     click.option("--grid", help="Also write grid.png with the first 64 images", is_flag=True),

@@ -10,6 +10,7 @@ import torch
 
 from torch_utils.download_util import check_file_by_key, is_hub_id, locate
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
+from training.denoisers.replay import COMPILE_MODES
 from training.denoisers.single_file import SUFFIXES
 from training.denoisers.stable_diffusion import StableDiffusion, check_source
 
@@ -137,6 +138,7 @@ def create_model(
     device: torch.device | str = "cpu",
     model_path: str | Path | None = None,
     precision: str = "float32",
+    compile_mode: str = "off",
 ) -> Denoiser:
     """Load a frozen backbone.
 
@@ -147,9 +149,12 @@ def create_model(
                    (`load_single_file`); owner/name[@revision] of the Hugging Face hub (`check_file_by_key`); None: the
                    checkout, the cache or a download of the pinned revision.
     precision      of the network: float32, float16 or bfloat16.
+    compile_mode   off, default or max: torch.compile on a GPU, see `Replayed`; changes results by rounding only.
 
     Raises `ModelError` or `DownloadError`, one line, when the weights or the arguments will not do.
     """
+    if compile_mode not in COMPILE_MODES:
+        raise ModelError(f"unknown compile_mode {compile_mode!r}; use one of {', '.join(COMPILE_MODES)}")
     source = find_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
     configs = BACKBONES[dataset_name].configs
-    return StableDiffusion(source, configs, dataset_name, guidance_rate, torch.device(device), precision)
+    return StableDiffusion(source, configs, dataset_name, guidance_rate, torch.device(device), precision, compile_mode)

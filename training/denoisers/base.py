@@ -12,6 +12,8 @@ from torch import Tensor
 from torch_utils.errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Of the decoder beside a network in such a precision: bfloat16 is too coarse for 8-bit pictures.
+DECODER_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.float32}
 
 
 class ModelError(UserError):
@@ -76,3 +78,7 @@ class Denoiser(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, H, W]` => images `[B, 3, H', W']`, float32, about [-1, 1] (not clamped)."""
+
+    @abstractmethod
+    def batch_done(self) -> None:
+        """Told after every batch of images; what only pays for many images may begin with the next one."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_utils.checkpoint import CheckpointError, load_tensors
-from training.denoisers.base import ModelError
+from training.denoisers.base import DECODER_DTYPES, ModelError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
@@ -60,7 +60,7 @@ def _check_parts(path: Path, names: list[str]) -> None:
 def load_single_file(
     path: Path, configs: Path, dtype: torch.dtype
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    """The three networks on the CPU, in `dtype`, the VAE in float32.
+    """The three networks on the CPU, in `dtype`, the VAE in that of `DECODER_DTYPES`.
 
     `configs` has their configurations in diffusers' folder layout. Where a file holds averaged (EMA) weights beside the
     trained ones, the trained ones are taken. Raises `ModelError` for a file that is damaged, would run code, or has
@@ -83,7 +83,7 @@ def load_single_file(
             converted = convert(part(name), dict(empty.config))
         except (LookupError, RuntimeError) as error:
             raise ModelError(f"{path}: its {TITLES[name]} is none of Stable Diffusion 1.x: {error}") from error
-        return _fill(empty, converted, torch.float32 if name == "vae" else dtype, path, name)
+        return _fill(empty, converted, DECODER_DTYPES[dtype] if name == "vae" else dtype, path, name)
 
     text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder", local_files_only=True))
     text = {key.removeprefix(PREFIXES["text_encoder"]): value for key, value in part("text_encoder").items()}

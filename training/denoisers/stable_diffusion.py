@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
+from training.denoisers.base import DECODER_DTYPES, PRECISIONS, Denoiser, ModelError, TextCond
+from training.denoisers.replay import Replayed
 from training.denoisers.single_file import SUFFIXES, check_single_file, clip_tokenizer, load_single_file
+from training.denoisers.unet import BranchedUNet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -27,6 +29,9 @@ WEIGHT_FILES = {
 # Where sampling stops: below it SD's latents change too little to be worth an evaluation, and the published tables
 # and baselines all end there.
 SIGMA_MIN = 0.1
+# Images that are decoded at a time: the decoder's pictures are many times as large as the latents, and more than a few
+# at once are no faster.
+DECODED_AT_ONCE = 4
 
 
 class NoiseTable:
@@ -78,10 +83,12 @@ class StableDiffusion(Denoiser):
         guidance_rate: float,
         device: torch.device,
         precision: str = "float32",
+        compile_mode: str = "off",
     ):
         """Load from `source`, a folder or a file that `check_source` accepted; a file goes by the `configs`.
 
-        `precision`: of UNet and text encoder; the VAE stays in float32, and so does the ODE's state.
+        precision     of UNet and text encoder; of the VAE see DECODER_DTYPES. The ODE's state stays in float32.
+        compile_mode  of `replay.COMPILE_MODES`, for UNet and VAE on a GPU.
         """
         self.dataset_name = dataset_name
         self.device = device
@@ -89,8 +96,11 @@ class StableDiffusion(Denoiser):
         self.guidance_rate = guidance_rate
         folder = source if source.is_dir() else configs
         networks = load_folder(source, self.dtype) if source.is_dir() else load_single_file(source, configs, self.dtype)
-        unet, vae, self.text_encoder = (network.to(device).eval().requires_grad_(False) for network in networks)
-        self.unet, self.vae = (network.to(memory_format=torch.channels_last) for network in (unet, vae))
+        self.unet, vae, self.text_encoder = (network.to(device).eval().requires_grad_(False) for network in networks)
+        self.vae = vae.to(memory_format=torch.channels_last)
+        self.branched = BranchedUNet(self.unet)
+        self.epsilon = Replayed(self._epsilon, "network", compile_mode, device)
+        self.decoder = Replayed(self._decode, "decoder", compile_mode, device)
         self.tokenizer = load_tokenizer(folder, self.text_encoder.config.max_position_embeddings)
         scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
         self.table = NoiseTable(scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"])
@@ -107,16 +117,19 @@ class StableDiffusion(Denoiser):
         """Guided epsilon e_0 + g (e_c - e_0) (Ho & Salimans, arXiv 2207.12598, Eq. 6 with g = 1 + w)."""
         self.calls += 1
         self.rows += len(x)
-        scale = (sigma.to(torch.float64) ** 2 + 1).rsqrt().to(x.dtype).reshape(-1, 1, 1, 1)
-        timestep = len(self.table.times) * self.sigma_inv(sigma) - 1
-        rows = (x * scale).to(self.dtype).contiguous(memory_format=torch.channels_last)
-        timestep = timestep.to(torch.float32).expand(len(x))
+        sigma = sigma.to(torch.float64).expand(len(x))
         if self.guidance_rate == 1:
-            return self.unet(rows, timestep, cond.text).sample.to(x.dtype)
+            return self.epsilon(x, sigma, cond.text)
         text = torch.cat([self.empty_text.expand(len(x), -1, -1), cond.text])
-        epsilon = self.unet(rows.repeat(2, 1, 1, 1), timestep.repeat(2), text).sample.to(x.dtype)
-        unconditional, conditional = epsilon.chunk(2)
+        unconditional, conditional = self.epsilon(x, sigma, text).chunk(2)
         return unconditional + self.guidance_rate * (conditional - unconditional)
+
+    def _epsilon(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        """Epsilon `[R, C, H, W]` for R prompts at `x [B, C, H, W]`, `sigma [B]`; B: see `BranchedUNet`."""
+        scale = (sigma**2 + 1).rsqrt().to(x.dtype).reshape(-1, 1, 1, 1)
+        timestep = (len(self.table.times) * self.sigma_inv(sigma) - 1).to(torch.float32)
+        rows = (x * scale).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return self.branched(rows, timestep, text).to(x.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.table.sigma(t)
@@ -150,12 +163,19 @@ class StableDiffusion(Denoiser):
         return self.text_encoder(tokens.to(self.device)).last_hidden_state
 
     def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(torch.float32).contiguous(memory_format=torch.channels_last)
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return torch.cat([self.decoder(few) for few in latents.split(DECODED_AT_ONCE)])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        scaled = (latents.to(torch.float32) / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return self.vae.decode(scaled.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()
+
+    def batch_done(self) -> None:
+        self.epsilon.batch_done()
+        self.decoder.batch_done()
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    """The three networks of a folder in diffusers' layout, on the CPU, in `dtype`, the VAE in float32."""
+    """The three networks of a folder in diffusers' layout, on the CPU, in `dtype` (the VAE: see DECODER_DTYPES)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
     from transformers.utils import logging as transformers_logging
@@ -164,7 +184,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel,
     common = {"use_safetensors": True, "local_files_only": True}
     # low_cpu_mem_usage would need the accelerate package.
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, low_cpu_mem_usage=False, **common)
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, low_cpu_mem_usage=False, **common)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=DECODER_DTYPES[dtype], low_cpu_mem_usage=False, **common)
     return unet, vae, CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **common)
 
 

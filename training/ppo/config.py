@@ -51,6 +51,7 @@ class ModelConfig:
     # folder, single file, or owner/name[@revision] on the hub of the backbone's weights; null: its usual place
     model_path: str | None = None
     precision: str = "float32"  # of the backbone: float32, float16 or bfloat16
+    compile: str = "default"  # of the backbone on a GPU: off, default, or max, which takes many minutes at first
 
 
 @dataclass
@@ -153,6 +154,7 @@ CHOICES = {
     # solver_utils owns these names, but needs torch; a test keeps the two in step.
     "model.schedule_type": ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch"),
     "model.precision": ("float32", "float16", "bfloat16"),
+    "model.compile": ("off", "default", "max"),
     # `solvers` owns these: every solver that takes no table.
     "distill.teacher": (
         *("ddim", "dpm", "dpm2", "heun", "edm"),

@@ -70,6 +70,7 @@ def load_backbone(config: Config) -> Denoiser:
         device=distributed.device(),
         model_path=model.model_path,
         precision=model.precision,
+        compile_mode=model.compile,
     )
 
 

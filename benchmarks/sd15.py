@@ -1,0 +1,146 @@
+"""Measure Stable Diffusion v1.5 at 512 x 512, guidance 7.5, with random weights of the real shapes.
+
+Writes sd15.json (every number) and sd15.md (the table, beside what is to be reached) to --outdir, and prints the table.
+Parts are measured one by one and kept; --overwrite measures the chosen ones anew.
+
+\b
+batch1     one image: 10 intervals with K = 2 and K = 1
+batch16    sixteen images
+step       a PPO step of 8 images with HPSv2.1, decoding
+memory     peaks for 1, 16 and 64 images, and for 16 with --max-rows
+gradients  the pathwise gradient of 8 images by micro-batch
+none       nothing: only write the table again
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import click
+
+from benchmarks.results import Benchmark, Results, choose
+from torch_utils.errors import UserError, user_errors
+
+BENCHMARK = Benchmark(
+    name="sd15",
+    module="benchmarks.sd15",
+    code=(
+        *("solvers.py", "training/generate.py", "training/ppo/rl_runner.py"),
+        *("training/denoisers/stable_diffusion.py", "training/denoisers/unet.py", "training/denoisers/replay.py"),
+        *("benchmarks/sd15_models.py", "benchmarks/sd15_measures.py"),
+    ),
+)
+PARTS = ("batch1", "batch16", "step", "memory", "gradients")
+
+
+@click.command(help=__doc__, context_settings={"show_default": True, "max_content_width": 120})
+@click.option("--parts", metavar="LIST", default="all", help="What to measure: all, none, or some of the above")
+@click.option("--repeats", metavar="INT", type=click.IntRange(1), default=10, help="Runs of each median")
+@click.option("--precision", type=click.Choice(["float32", "float16", "bfloat16"]), default="float16")
+@click.option("--compile", "compile_mode", type=click.Choice(["off", "default", "max"]), default="default")
+@click.option("--tiny", is_flag=True, help="Tiny networks instead of the real ones, to try the benchmark itself")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--models",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder for the random weights, 6 GB",
+    default=Path("results/sd15/models"),
+)
+@click.option("--outdir", metavar="DIR", type=click.Path(path_type=Path), default=Path("results/sd15"))
+@click.option("--overwrite", is_flag=True, help="Measure the chosen parts anew")
+@click.option("--check", is_flag=True, help="Exit code 1 unless everything is reached")
+@user_errors
+def main(
+    parts: str,
+    repeats: int,
+    precision: str,
+    compile_mode: str,
+    tiny: bool,
+    device: str,
+    models: Path,
+    outdir: Path,
+    overwrite: bool,
+    check: bool,
+) -> None:
+    names = choose("--parts", parts, PARTS)
+    from benchmarks.solvers import make_folder, parse_device
+    from torch_utils.checkpoint import atomic_write_text, lock_folder
+
+    device = parse_device(device)
+    with contextlib.ExitStack() as locks:
+        make_folder(outdir)
+        if not lock_folder(outdir, locks):
+            raise UserError(f"another process writes to {outdir}; choose another --outdir")
+        results = Results(outdir, BENCHMARK)
+        settings = {"precision": precision, "compile": compile_mode, "tiny": tiny, "repeats": repeats}
+        if names:
+            measure(results, names, settings, device, models, overwrite)
+        table = to_markdown(results.parts)
+        atomic_write_text(outdir / "sd15.md", table)
+        click.echo(table)
+    missed = [row["figure"] for part in results.parts.values() for row in part["rows"] if not reached(row)]
+    if check and (missed or not results.parts):
+        raise UserError(f"--check: not reached: {', '.join(missed) or 'nothing is measured'}")
+
+
+def measure(results: Results, names: list[str], settings: dict, device: str, models: Path, overwrite: bool) -> None:
+    """Fill the parts that are not there yet; every part is saved when it is complete."""
+    import torch
+
+    from benchmarks import sd15_measures as measures
+    from benchmarks.sd15_models import random_backbone, random_reward
+
+    found = {name: results.part(name, device, settings, overwrite) for name in names}
+    empty = {name: part for name, part in found.items() if not part.rows}
+    if not empty:
+        return
+    models.mkdir(parents=True, exist_ok=True)
+    kind, tiny, repeats = torch.device(device), settings["tiny"], settings["repeats"]
+    net = random_backbone(models, kind, settings["precision"], settings["compile"], tiny)
+    reward = random_reward(models, kind, tiny) if {"step", "gradients"} & set(empty) else None
+    work = {
+        "batch1": lambda part: measures.measure_sampling(part, net, 1, 150.0, repeats, with_single=True),
+        "batch16": lambda part: measures.measure_sampling(part, net, 16, 1750.0, repeats, with_single=False),
+        "step": lambda part: measures.measure_step(part, net, reward, repeats),
+        "memory": lambda part: measures.measure_memory(part, net, (1, 2, 3) if tiny else (1, 16, 64), 8),
+        "gradients": lambda part: measures.measure_gradients(part, net, reward, (8, 4, 2, 1)),
+    }
+    for name, part in empty.items():
+        work[name](part)
+        results.save()
+        click.echo(f"{name} measured", err=True)
+
+
+def reached(row: dict) -> bool:
+    return row["to_reach"] is None or row["value"] <= row["to_reach"]
+
+
+def to_markdown(parts: dict[str, dict]) -> str:
+    """One table of all parts, in the order of PARTS, and how they were measured."""
+    lines = ["| figure | measured | to reach | |", "|---|---|---|---|"]
+    machines = {}
+    for name in PARTS:
+        part = parts.get(name)
+        if part is None:
+            continue
+        machine, settings = part["machine"], part["settings"]
+        machines[name] = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}, {settings['precision']}, "
+        machines[name] += f"--compile {settings['compile']}" + (", tiny networks" if settings["tiny"] else "")
+        machines[name] += f": `{part['command']}`"
+        for row in part["rows"]:
+            unit = f" {row['unit']}" if row["unit"] else ""
+            wanted = "" if row["to_reach"] is None else f"at most {_number(row['to_reach'])}{unit}"
+            wanted += "" if reached(row) else " (missed)"
+            lines.append(f"| {row['figure']} | {_number(row['value'])}{unit} | {wanted} | {row['note']} |")
+    lines += ["", *(f"* {name}: {text}" for name, text in machines.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 200 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What `benchmarks.sd15` measures: each function adds rows (figure, value, unit, to reach, note) to a part."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.results import Part
+from solvers import epd_sampler
+from training.denoisers.stable_diffusion import StableDiffusion
+from training.generate import generate_batch, initial_latents, table_schedule
+from training.ppo.cold_start import cold_start_table
+from training.ppo.config import PPOConfig
+from training.ppo.policy import EPDParamPolicy
+from training.ppo.rdpo import RDPO
+from training.ppo.reward_base import Reward
+from training.ppo.rl_runner import EPDRolloutRunner, ImageScorer
+from training.table import SolverTable
+
+INTERVALS = 10
+STEP_IMAGES = 8
+MATMUL_SIZE = 8192
+GIB = 2**30
+
+
+def milliseconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of `work()` after one warm-up: CUDA events on a GPU, the clock on the CPU."""
+    work()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            started = time.perf_counter()
+            work()
+            times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call by the clock, all that it started on the GPU included."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_gib(work: Callable[[], object], device: torch.device) -> float:
+    """Memory that tensors take at the peak of `work()`, weights included; 0 on the CPU."""
+    if device.type != "cuda":
+        work()
+        return 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def prompts(count: int) -> list[str]:
+    return [f"a photo of {number + 2} red cubes on a wooden table" for number in range(count)]
+
+
+def trajectory(net: StableDiffusion, batch: int, table: SolverTable) -> Callable[[], Tensor]:
+    """The whole sampler call of `batch` images, prompts encoded and noise drawn beforehand."""
+    sigmas = table_schedule(table, net)
+    x, cond = initial_latents(net, prompts(batch), list(range(batch)), sigmas)
+    return partial(epd_sampler, net, x, sigmas, cond, table=table)
+
+
+def settled(net: StableDiffusion, work: Callable[[], object]) -> float:
+    """Run `work()` as a first and a second batch; seconds of the second, which compiles what it calls."""
+    work()
+    net.batch_done()
+    return seconds(work, net.device)
+
+
+def flop_per_row(net: StableDiffusion) -> float:
+    """Operations of one row through diffusers' UNet: what the work is counted by, whatever is saved of it."""
+    config = net.unet.config
+    x = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, dtype=net.dtype, device=net.device)
+    with FlopCounterMode(display=False) as counter:
+        net.unet(x, torch.ones(1, device=net.device), net.empty_text)
+    return float(counter.get_total_flops())
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """TFLOP/s of a square matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2e-9 * size**3 / milliseconds(lambda: a @ b, device, 20)
+
+
+@torch.no_grad()
+def measure_sampling(
+    part: Part, net: StableDiffusion, batch: int, to_reach: float, repeats: int, with_single: bool
+) -> None:
+    """A whole trajectory with K = 2; with `with_single` also K = 1 and the ratio of the two."""
+    add = partial(_add, part)
+    rate = matmul_rate(net.device, net.dtype, MATMUL_SIZE if net.device.type == "cuda" else 256)
+    work = trajectory(net, batch, cold_start_table(INTERVALS + 1, 2))
+    first = seconds(work, net.device)
+    plain = milliseconds(work, net.device, repeats)
+    compiling = settled(net, work)
+    took = milliseconds(work, net.device, repeats)
+    tflop = flop_per_row(net) * 2 * 3 * INTERVALS * batch / 1e12
+    achieved = 1000 * tflop / took
+    note = f"{tflop:.1f} TFLOP; {achieved:.0f} TFLOP/s, {achieved / rate:.0%} of a matrix product's {rate:.0f}"
+    add(f"{INTERVALS} intervals, K = 2, batch {batch}", took, "ms", to_reach, note)
+    add(f"the same, --compile off, batch {batch}", plain, "ms", None, f"the very first trajectory {first:.1f} s")
+    add(f"compiling both row counts, batch {batch}", compiling, "s", None, "seconds where the cache holds it")
+    if with_single:
+        single = trajectory(net, batch, cold_start_table(INTERVALS + 1, 1))
+        settled(net, single)
+        one = milliseconds(single, net.device, repeats)
+        add(f"K = 2 over K = 1, batch {batch}", took / one, "", 1.35, f"K = 1: {one:.1f} ms")
+
+
+@torch.no_grad()
+def measure_step(part: Part, net: StableDiffusion, reward: Reward, repeats: int) -> None:
+    """A step of PPO: tables drawn, 8 images, decoded, scored, the policy updated; and its parts."""
+    add = partial(_add, part)
+    start = cold_start_table(INTERVALS + 1, 2)
+    ppo = PPOConfig(steps=100, rollout_batch_size=STEP_IMAGES, rloo_k=4)
+    with torch.enable_grad():
+        policy = EPDParamPolicy(start)
+        learner = RDPO(policy, ppo, seed=0)
+    runner = EPDRolloutRunner(net, reward, prompts(16), start, ppo, seed=0)
+    rollouts, updates = [], []
+
+    def step(number: int) -> None:
+        rollout = runner.rollout(learner.draw(runner, number))
+        rollouts.append(rollout)
+        started = time.perf_counter()
+        with torch.enable_grad():
+            learner.update(number, rollout)
+        updates.append(time.perf_counter() - started)
+
+    compiling = [seconds(partial(step, number), net.device) for number in (1, 2, 3)][1]
+    rollouts.clear()
+    updates.clear()
+    times = [seconds(partial(step, number), net.device) for number in range(4, 4 + repeats)]
+    median = lambda values: 1000 * statistics.median(values)  # noqa: E731
+    add(f"PPO step of {STEP_IMAGES} images", median(times), "ms", 1300.0, "by the clock")
+    add(
+        "of it: images", median([r.seconds_generation for r in rollouts]), "ms", None, "prompts, 10 intervals, decoding"
+    )
+    add("of it: rewards", median([r.seconds_reward for r in rollouts]), "ms", None, f"{reward.name}, {reward.dtype}")
+    add("of it: update", median(updates), "ms", None, "4 epochs, on the CPU")
+    add("the step that compiles", compiling, "s", None, "seconds where the cache holds it")
+    size = net.img_resolution
+    for count in (1, STEP_IMAGES):
+        latents = torch.randn(count, net.img_channels, size, size, device=net.device)
+        net.decode(latents)
+        net.batch_done()
+        net.decode(latents)
+        add(f"decoding {count}", milliseconds(partial(net.decode, latents), net.device, repeats), "ms", None, "")
+
+
+@torch.no_grad()
+def measure_memory(part: Part, net: StableDiffusion, batches: tuple[int, ...], max_rows: int) -> None:
+    """Peak of whole batches, prompts to pictures; the last batch but one again with `--max-rows`."""
+    table = cold_start_table(INTERVALS + 1, 2)
+    sigmas = table_schedule(table, net)
+
+    def images(batch: int, rows: int | None) -> Tensor:
+        sampler = partial(epd_sampler, table=table, max_rows=rows)
+        return generate_batch(net, prompts(batch), list(range(batch)), sampler, sigmas)
+
+    for batch, rows in [*((batch, None) for batch in batches), (batches[-2], max_rows)]:
+        peak = peak_gib(partial(images, batch, rows), net.device)
+        limit = 16e9 / GIB if rows is not None else None
+        label = f"batch {batch}" + (f", --max-rows {rows}" if rows else "")
+        _add(part, label, peak, "GiB", limit, "weights 2.3 GiB of it, and the text encoder's" if batch == 1 else "")
+
+
+def measure_gradients(part: Part, net: StableDiffusion, reward: Reward, micro_batches: tuple[int, ...]) -> None:
+    """The reward's gradient to the table of 8 images, by `ppo.rollout_micro_batch`."""
+    start = cold_start_table(INTERVALS + 1, 2)
+    arrays = EPDParamPolicy(start).mean_sample(STEP_IMAGES).arrays
+    for micro_batch in micro_batches:
+        scorer = ImageScorer(net, [reward], start, micro_batch)
+
+        def work(scorer: ImageScorer = scorer) -> None:
+            for part in scorer.batches(range(STEP_IMAGES)):
+                rows = slice(part.start, part.stop)
+                few = type(arrays)(*(array[rows] for array in arrays))
+                scorer.gradients(few, prompts(STEP_IMAGES)[rows], list(part))
+
+        times = []
+        peak = peak_gib(lambda: times.append(seconds(work, net.device)), net.device)  # noqa: B023
+        label = f"gradients of {STEP_IMAGES} images, {micro_batch} at a time"
+        _add(part, label, times[0], "s", None, f"{peak:.1f} GiB")
+
+
+def _add(part: Part, figure: str, value: float, unit: str, to_reach: float | None, note: str) -> None:
+    part.add({"figure": figure, "value": value, "unit": unit, "to_reach": to_reach, "note": note})

@@ -1,0 +1,88 @@
+"""The UNet in its own order of work against diffusers' forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from training.denoisers import BACKBONES, EMBEDDED, ModelError
+from training.denoisers.unet import BranchedUNet
+
+V1_CONFIG = BACKBONES["ms_coco"].configs / "unet"
+SMALL = {"block_out_channels": [32, 64, 64, 96], "cross_attention_dim": 24, "sample_size": 16}
+
+
+def v1_unet(**changes) -> UNet2DConditionModel:
+    """Stable Diffusion v1.5's four levels with few channels, all weights random, those of the norms too."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(V1_CONFIG) | SMALL | changes)
+    for parameter in unet.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return unet.eval().requires_grad_(False)
+
+
+def embedded_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(EMBEDDED / "unet", low_cpu_mem_usage=False).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [v1_unet, embedded_unet])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_equals_diffusers(make, branches):
+    unet = make()
+    reference, branched = copy.deepcopy(unet), BranchedUNet(unet)
+    x = torch.randn(3, 4, 16, 16)
+    timestep = torch.tensor([3.25, 500.5, 999.0])
+    text = torch.randn(3 * branches, 77, unet.config.cross_attention_dim)
+    many = x.repeat(branches, 1, 1, 1)
+    with torch.no_grad():
+        expected = reference(many, timestep.repeat(branches), text).sample
+        torch.testing.assert_close(branched(x, timestep, text), expected, atol=1e-5, rtol=1e-5)
+        # Given a row for each branch, as ranks that share out the branches do, nothing is shared.
+        torch.testing.assert_close(branched(many, timestep.repeat(branches), text), expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.1
+    assert (expected[:3] - expected[-3:]).abs().max() > (1e-3 if branches == 2 else -1)  # the prompt matters
+
+
+def test_gradients_equal_diffusers():
+    unet = v1_unet()
+    reference, branched = copy.deepcopy(unet), BranchedUNet(unet)
+    x, timestep = torch.randn(2, 4, 16, 16), torch.tensor([20.0, 700.0])
+    text = torch.randn(4, 77, 24)
+    gradients = []
+    for forward in (
+        lambda x, t: branched(x, t, text),
+        lambda x, t: reference(x.repeat(2, 1, 1, 1), t.repeat(2), text).sample,
+    ):
+        leaves = x.clone().requires_grad_(), timestep.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(forward(*leaves).square().sum(), leaves))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3 * theirs.abs().max().item(), rtol=1e-3)
+
+
+def test_no_weight_is_held_twice():
+    unet = v1_unet()
+    before = {parameter.numel() for parameter in unet.parameters()}, sum(p.numel() for p in unet.parameters())
+    branched = BranchedUNet(unet)
+    places = {
+        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
+        for parameter in branched.parameters()
+    }
+    joined_biases = branched.of_time.bias.numel()  # the only ones that are copied
+    assert sum(places.values()) == 4 * (before[1] + joined_biases)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"use_linear_projection": True}, "use_linear_projection"),
+        ({"class_embed_type": "timestep", "num_class_embeds": None}, "class_embed_type"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 3 + ["DownBlock2D"]}, "down_block_types"),
+    ],
+)
+def test_a_unet_of_another_family_is_refused(changes, name):
+    with pytest.raises(ModelError, match=f"the UNet has {name} "):
+        BranchedUNet(v1_unet(**changes))

@@ -1,0 +1,100 @@
+"""Networks compiled and replayed as CUDA graphs, so that a call costs the GPU's time and not the host's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dnnlib.util import cache_dir
+from torch_utils import distributed
+
+# Options of torch.compile. "max" tries many kernels for every matrix product: minutes of work for some percent.
+COMPILE_MODES: dict[str, dict[str, bool]] = {
+    "off": {},
+    "default": {},
+    "max": {"max_autotune": True, "coordinate_descent_tuning": True},
+}
+MAX_GRAPHS = 8  # as many as torch.compile keeps of one function; further shapes run as they are
+
+
+class Replayed:
+    """`function(*tensors) -> tensor`, compiled for every shape that comes back in a later batch.
+
+    A shape of the first batch runs as it is, for the first picture must not wait; nor are the last images compiled for
+    that do not fill a batch. On the CPU, with gradients and with mode "off" every call runs as it is.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], title: str, mode: str, device: torch.device):
+        """`title` names the function in messages; `mode` is of COMPILE_MODES."""
+        self.function, self.title, self.mode = function, title, mode
+        self.active = device.type == "cuda" and mode != "off"
+        self.met: set[tuple] = set()  # shapes of this batch
+        self.known: set[tuple] = set()  # shapes of earlier batches
+        self.graphs: dict[tuple, _Graph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.active else None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if not self.active or torch.is_grad_enabled():
+            return self.function(*inputs)
+        shape = tuple((part.shape, part.dtype) for part in inputs)
+        if shape in self.graphs:
+            return self.graphs[shape](*inputs)
+        if shape in self.known and len(self.graphs) < MAX_GRAPHS:
+            self._compile(shape, inputs)
+            return self(*inputs)
+        self.met.add(shape)
+        return self.function(*inputs)
+
+    def batch_done(self) -> None:
+        """What was called since the last time is worth compiling when it is called again."""
+        self.known |= self.met
+        self.met.clear()
+
+    def _compile(self, shape: tuple, inputs: tuple[Tensor, ...]) -> None:
+        cache = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+        rows = len(inputs[0])
+        self._say(f"compiling the {self.title} for {rows} rows; a minute or more at first, seconds from {cache}")
+        started = time.perf_counter()
+        try:
+            compiled = torch.compile(self.function, dynamic=False, fullgraph=True, options=COMPILE_MODES[self.mode])
+            self.graphs[shape] = _Graph(compiled, inputs, self.pool)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.active = False
+            reason = str(error).strip().split("\n")[0]
+            self._say(f"the {self.title} cannot be compiled here and runs slower ({reason}); --compile off skips this")
+            return
+        self._say(f"compiled the {self.title} for {rows} rows in {time.perf_counter() - started:.0f} s")
+
+    def _say(self, message: str) -> None:
+        if distributed.is_main():
+            tqdm.write(f"note: {message}", file=sys.stderr)
+
+
+class _Graph:
+    """One call of `function` on inputs of fixed shapes, recorded."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: tuple[int, int]):
+        self.inputs = [part.clone() for part in inputs]
+        # Compilation and the libraries' first calls allocate and wait, which a capture must not.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, NCCL's among them, may go on calling the driver.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for mine, theirs in zip(self.inputs, inputs, strict=True):
+            mine.copy_(theirs)
+        self.graph.replay()
+        return self.output.clone()  # the next replay writes to the same place
