@@ -45,6 +45,15 @@ called = []
 seen["done"] = d.on_main(lambda: called.append(r) or {"by": r}), called
 seen["shards"] = [list(d.shard(n)) for n in (0, 1, 4, 5)]
 seen["letters"] = d.shard("abc")
+asked = []
+def tenfold(a, b):
+    asked.append(a.flatten().tolist())
+    return (10 * a + b)[:, :1].contiguous()
+seen["shared"] = []
+for n in (1, 4, 5):
+    a, b = torch.arange(2.0 * n).view(n, 2), torch.ones(n, 2)
+    seen["shared"].append(d.share_rows(tenfold, a.to(d.device()), b.to(d.device())).flatten().tolist())
+seen["asked"], seen["hosts"] = asked, d.hosts()
 refused = []
 for bad in (torch.zeros(2 + r), torch.zeros(2, dtype=torch.float64 if r else torch.float32), torch.tensor(1.0)):
     try:
@@ -113,6 +122,15 @@ def test_all_gather_refuses_unequal_tensors_on_every_rank(two_ranks):
         assert "(3,)" in seen["refused"][0]
         assert "torch.float64" in seen["refused"][1]
         assert "at least one dimension" in seen["refused"][2]
+
+
+def test_rows_are_worked_out_in_shares_and_known_to_all(two_ranks):
+    for seen, last in zip(two_ranks[0], ([4.0, 5.0], [8.0, 9.0]), strict=True):
+        assert seen["shared"] == [[20.0 * row + 1 for row in range(n)] for n in (1, 4, 5)]
+        assert [len(part) for part in seen["asked"]] == [2, 4, 6]  # halves, rounded up, of 1, 4 and 5 rows of two
+        assert seen["asked"][2][-2:] == last
+        assert seen["hosts"] == 1
+    assert two_ranks[0][1]["asked"][2] == [6.0, 7.0, 8.0, 9.0, 8.0, 9.0]  # an uneven share repeats the last row
 
 
 def test_objects_travel(two_ranks):

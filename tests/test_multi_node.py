@@ -218,11 +218,13 @@ STUBS = {
             echo $! >>"$STUB/tasks"
         done
         for _ in 0 1; do
-            wait -n || { code=$?; kill -KILL $(jobs -p); exit $code; }
+            wait -n || { code=$?; kill -KILL $(jobs -p); wait; exit $code; }
         done
     """,
     "scontrol": """
-        if [ "$1" = show ]; then printf 'localhost\\nlocalhost\\n'; else echo "scontrol $*" >>"$STUB/calls"; fi
+        if [ "$1" = show ]; then printf 'localhost\\nlocalhost\\n'; exit; fi
+        echo "scontrol $*" >>"$STUB/calls"
+        if kill -0 $(cat "$STUB/tasks") 2>/dev/null; then echo "which kills the tasks" >>"$STUB/calls"; fi
     """,
     "scancel": """
         echo "scancel $*" >>"$STUB/calls"

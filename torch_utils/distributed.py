@@ -111,6 +111,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def hosts() -> int:
+    """Count of machines that the processes run on, by what `torchrun` says; 1 when alone."""
+    return world_size() // _environment_number("LOCAL_WORLD_SIZE") if world_size() > 1 else 1
+
+
 def is_main() -> bool:
     """Whether this is rank 0, the process that writes files and messages."""
     return rank() == 0
@@ -154,6 +159,23 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(carried) for _ in range(world_size())]
     dist.all_gather(parts, carried)
     return torch.cat(parts).to(device=tensor.device, dtype=tensor.dtype)
+
+
+def share_rows(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """`function(*inputs)`, its R rows worked out by the ranks in equal parts: the whole `[R, ...]` on every rank.
+
+    All inputs have R >= 1 rows, equal on all ranks, and row r of the result must come from row r of the inputs alone.
+    What is left over of an uneven share repeats the last row. Waits for no device.
+    """
+    if world_size() == 1:
+        return function(*inputs)
+    rows = len(inputs[0])
+    share = -(-rows // world_size())
+    mine = torch.arange(rank() * share, (rank() + 1) * share, device=inputs[0].device).clamp_(max=rows - 1)
+    part = function(*(tensor.index_select(0, mine) for tensor in inputs)).contiguous()
+    whole = part.new_empty(share * world_size(), *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part)
+    return whole[:rows]
 
 
 def all_gather_objects(obj: T) -> list[T]:

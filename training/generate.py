@@ -295,14 +295,16 @@ def write_images(
     device: str,
     max_rows: int | None = None,
     compile_mode: str = "off",
+    parallel: str = "images",
     overwrite: bool = False,
     grid: bool = False,
 ) -> None:
     """Sample `prompts[i]` with `seeds[i]` into `outdir/000000/000123.png` and `outdir/manifest.jsonl`.
 
     Images that `outdir` already has from an equal plan are kept after a check of their hash; `overwrite` makes them
-    anew. Under `torchrun` the ranks share out the seeds. `batch` and `max_rows` (of a network call, for plans with a
-    table) only cut up the work, `compile_mode` (see `create_model`) only speeds it up: they are no part of the plan.
+    anew. Under `torchrun` the ranks share out the seeds or, with `parallel` "points" instead of "images", the rows of
+    every network call. `batch` and `max_rows` (of a network call, for plans with a table) only cut up the work,
+    `compile_mode` (see `create_model`) only speeds it up: none of these is a part of the plan.
     Raises a `UserError` subclass before anything is written when the plan cannot work or `outdir` holds images of
     another plan.
     """
@@ -311,11 +313,13 @@ def write_images(
         check_options(plan.solver, {"max_rows": max_rows})
     distributed.init(device)
     try:
+        if parallel == "points":
+            distributed.on_main(lambda: _check_points(plan, batch, max_rows))
         with contextlib.ExitStack() as locks:
             manifest, todo = distributed.on_main(lambda: _prepare(plan, prompt_of, outdir, overwrite, locks))
             distributed.print0(f"{outdir}: {len(todo)} images to make, {len(seeds) - len(todo)} finished before")
             if todo:
-                _generate(plan, manifest, todo, prompt_of, batch, max_rows, compile_mode, overwrite)
+                _generate(plan, manifest, todo, prompt_of, batch, max_rows, compile_mode, parallel, overwrite)
             if grid and distributed.is_main():
                 pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
                 save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / "grid.png")
@@ -348,6 +352,28 @@ def _prepare(
     return manifest, todo
 
 
+def _check_points(plan: SamplingPlan, batch: int, max_rows: int | None) -> None:
+    """Raise a `UserError` where spreading the rows of a network call over the ranks cannot help."""
+    ranks, hosts = distributed.world_size(), distributed.hosts()
+    points = plan.table.num_points if plan.table is not None else 1
+    branches = 1 if plan.guidance_rate == 1 else 2
+    rows = branches * min(batch * points, max_rows or batch * points)
+    if ranks == 1:
+        raise UserError(
+            "--parallel points spreads one image over several GPUs: start it with python -m torch.distributed.run "
+            "--standalone --nproc_per_node=2, or leave it out"
+        )
+    if hosts > 1:
+        raise UserError(
+            f"--parallel points needs GPUs of one host, not of {hosts}: the ranks meet in every network call"
+        )
+    if ranks > rows:
+        raise UserError(
+            f"--parallel points: {ranks} processes, but the largest network call has {rows} rows (guidance branches "
+            f"times points times --batch {batch}); start {rows} processes at most, or leave it out"
+        )
+
+
 def _generate(
     plan: SamplingPlan,
     manifest: Manifest,
@@ -356,6 +382,7 @@ def _generate(
     batch: int,
     max_rows: int | None,
     compile_mode: str,
+    parallel: str,
     overwrite: bool,
 ) -> None:
     """This rank's share of `todo`; afterwards rank 0 joins the lines of all ranks."""
@@ -366,14 +393,17 @@ def _generate(
     if distributed.is_main():
         manifest.begin(todo if overwrite else [])
     distributed.barrier()
-    mine = distributed.shard(todo)
+    mine, saves = distributed.shard(todo), True
+    if parallel == "points":
+        net.share_rows()
+        mine, saves = todo, distributed.is_main()  # all ranks end with the same pictures
     with (
         manifest.writer(distributed.rank()) as add,
         tqdm(total=len(mine), unit="image", desc=plan.solver, disable=not distributed.is_main()) as bar,
     ):
         texts_of_mine = [prompt_of[seed] for seed in mine]
         for part, texts, images in generate_images(net, plan, mine, texts_of_mine, batch, max_rows):
-            for seed, prompt, image in zip(part, texts, images.cpu(), strict=True):
+            for seed, prompt, image in zip(part, texts, images.cpu(), strict=True) if saves else ():
                 save_png(image, manifest.folder / image_name(seed))
                 add(seed, prompt)
             bar.update(len(part))

@@ -51,6 +51,13 @@ OPTIONS = (
         type=click.Choice(["off", "default", "max"]),
         default="off",
     ),
+    click.option(
+        "--parallel",
+        help="What the processes of torchrun share out: images, or, for less latency of few images, the guidance "
+        "branches and points of every network call (GPUs of one host)",
+        type=click.Choice(["images", "points"]),
+        default="images",
+    ),
     cache_dir_option,
     click.option("--device", help="Where to run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
     click.option("--grid", help="Also write grid.png with the first 64 images", is_flag=True),

@@ -80,5 +80,12 @@ class Denoiser(ABC):
         """Latents `[B, C, H, W]` => images `[B, 3, H', W']`, float32, about [-1, 1] (not clamped)."""
 
     @abstractmethod
+    def share_rows(self) -> None:
+        """From now on each rank works out a part of the rows of every network call, guidance branches counted.
+
+        All ranks must then make the same calls, and get the same slopes.
+        """
+
+    @abstractmethod
     def batch_done(self) -> None:
         """Told after every batch of images; what only pays for many images may begin with the next one."""

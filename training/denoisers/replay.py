@@ -20,6 +20,8 @@ COMPILE_MODES: dict[str, dict[str, bool]] = {
     "default": {},
     "max": {"max_autotune": True, "coordinate_descent_tuning": True},
 }
+# Where the compiler keeps its results; it settles on a temporary folder when it is first imported, by diffusers too.
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 MAX_GRAPHS = 8  # as many as torch.compile keeps of one function; further shapes run as they are
 
 
@@ -38,6 +40,8 @@ class Replayed:
         self.known: set[tuple] = set()  # shapes of earlier batches
         self.graphs: dict[tuple, _Graph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.active else None
+        if self.active:
+            os.environ.setdefault(CACHE_VARIABLE, str(cache_dir() / "compiled"))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if not self.active or torch.is_grad_enabled():
@@ -57,9 +61,10 @@ class Replayed:
         self.met.clear()
 
     def _compile(self, shape: tuple, inputs: tuple[Tensor, ...]) -> None:
-        cache = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
         rows = len(inputs[0])
-        self._say(f"compiling the {self.title} for {rows} rows; a minute or more at first, seconds from {cache}")
+        self._say(
+            f"compiling the {self.title} for {rows} rows; minutes at first, seconds from {os.environ[CACHE_VARIABLE]}"
+        )
         started = time.perf_counter()
         try:
             compiled = torch.compile(self.function, dynamic=False, fullgraph=True, options=COMPILE_MODES[self.mode])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torch_utils import distributed
 from training.denoisers.base import DECODER_DTYPES, PRECISIONS, Denoiser, ModelError, TextCond
 from training.denoisers.replay import Replayed
 from training.denoisers.single_file import SUFFIXES, check_single_file, clip_tokenizer, load_single_file
@@ -94,13 +95,14 @@ class StableDiffusion(Denoiser):
         self.device = device
         self.dtype = PRECISIONS[precision]
         self.guidance_rate = guidance_rate
+        self.epsilon = Replayed(self._epsilon, "network", compile_mode, device)
+        self.rows_are_shared = False
+        self.decoder = Replayed(self._decode, "decoder", compile_mode, device)
         folder = source if source.is_dir() else configs
         networks = load_folder(source, self.dtype) if source.is_dir() else load_single_file(source, configs, self.dtype)
         self.unet, vae, self.text_encoder = (network.to(device).eval().requires_grad_(False) for network in networks)
         self.vae = vae.to(memory_format=torch.channels_last)
         self.branched = BranchedUNet(self.unet)
-        self.epsilon = Replayed(self._epsilon, "network", compile_mode, device)
-        self.decoder = Replayed(self._decode, "decoder", compile_mode, device)
         self.tokenizer = load_tokenizer(folder, self.text_encoder.config.max_position_embeddings)
         scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
         self.table = NoiseTable(scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"])
@@ -118,10 +120,17 @@ class StableDiffusion(Denoiser):
         self.calls += 1
         self.rows += len(x)
         sigma = sigma.to(torch.float64).expand(len(x))
-        if self.guidance_rate == 1:
-            return self.epsilon(x, sigma, cond.text)
-        text = torch.cat([self.empty_text.expand(len(x), -1, -1), cond.text])
-        unconditional, conditional = self.epsilon(x, sigma, text).chunk(2)
+        guided = self.guidance_rate != 1
+        text = torch.cat([self.empty_text.expand(len(x), -1, -1), cond.text]) if guided else cond.text
+        if self.rows_are_shared:
+            branches = len(text) // len(x)
+            x, sigma = x.repeat(branches, 1, 1, 1), sigma.repeat(branches)
+            epsilon = distributed.share_rows(self.epsilon, x, sigma, text)
+        else:
+            epsilon = self.epsilon(x, sigma, text)
+        if not guided:
+            return epsilon
+        unconditional, conditional = epsilon.chunk(2)
         return unconditional + self.guidance_rate * (conditional - unconditional)
 
     def _epsilon(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
@@ -168,6 +177,9 @@ class StableDiffusion(Denoiser):
     def _decode(self, latents: Tensor) -> Tensor:
         scaled = (latents.to(torch.float32) / self.vae.config.scaling_factor).to(self.vae.dtype)
         return self.vae.decode(scaled.contiguous(memory_format=torch.channels_last), return_dict=False)[0].float()
+
+    def share_rows(self) -> None:
+        self.rows_are_shared = True
 
     def batch_done(self) -> None:
         self.epsilon.batch_done()
