@@ -406,14 +406,14 @@ def test_the_hubs_own_cache_is_used(server, tmp_path, monkeypatch):
 
 
 def test_unknown_keys_name_the_known_ones():
-    with pytest.raises(DownloadError, match=r"'sd15'.*ms_coco, prompts, hps_v2\.1"):
+    with pytest.raises(DownloadError, match=r"'sd15'.*ms_coco, v1-5-pruned-emaonly, prompts, hps_v2\.1"):
         check_file_by_key("sd15")
 
 
 def test_the_registry_is_complete_and_says_what_is_promised(tmp_path, monkeypatch):
     monkeypatch.setenv("EPD_CACHE", str(tmp_path))
     monkeypatch.delenv("HPS_ROOT", raising=False)
-    assert set(ASSETS) == {"ms_coco", "prompts", "hps_v2.1"}
+    assert set(ASSETS) == {"ms_coco", "v1-5-pruned-emaonly", "prompts", "hps_v2.1"}
     for key, asset in ASSETS.items():
         assert asset.key == key
         assert (asset.repo is None) != (asset.base_url is None)

@@ -106,6 +106,21 @@ ASSETS: dict[str, Asset] = {
             is_folder=True,
         ),
         Asset(
+            key="v1-5-pruned-emaonly",
+            files=(
+                KnownFile(
+                    "v1-5-pruned-emaonly.safetensors",
+                    4_265_146_304,
+                    "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
+                ),
+            ),
+            project_dir="weights",
+            cache_name="stable-diffusion-v1-5-pruned",
+            used_by="Stable Diffusion v1.5 from a single file",
+            repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+        ),
+        Asset(
             key="prompts",
             files=(KnownFile("MS-COCO_val2014_30k_captions.csv"),),
             project_dir="src/prompts",
@@ -139,7 +154,10 @@ def is_hub_id(text: str) -> bool:
 
 
 def check_file_by_key(key: str) -> Path:
-    """Path of a known file (keys "prompts", "hps_v2.1") or folder ("ms_coco", diffusers layout), fetched if need be.
+    """Path of a known file (keys "prompts", "hps_v2.1", "v1-5-pruned-emaonly") or folder ("ms_coco").
+
+    "ms_coco" is Stable Diffusion v1.5 in diffusers' layout, "v1-5-pruned-emaonly" the same in one file: both will do as
+    a model's path. What is not on this machine is fetched.
 
     The key `owner/name` or `owner/name@revision` is a Stable Diffusion 1.x of the hub, a folder in diffusers' layout.
     Of the repository of "ms_coco" the pinned commit is taken, with sizes and hashes; of others `main`, and their files
