@@ -14,7 +14,6 @@ from training.denoisers.stable_diffusion import StableDiffusion
 from training.ppo.reward_models.emoji import RewardEmoji
 
 TEXTS_AT_ONCE = 256
-DECODED_AT_ONCE = 256  # the decoder's activations are the largest of all
 SCORED_AT_ONCE = 512
 
 
@@ -39,7 +38,7 @@ class TextRows:
 
 
 class BatchDenoiser(StableDiffusion):
-    """The backbone with a memory for prompts, whose decoder works in pieces."""
+    """The backbone with a memory for prompts."""
 
     def __init__(self, folder: Path, guidance_rate: float, device: torch.device, precision: str):
         super().__init__(folder, folder, "emoji", guidance_rate, device, precision)
@@ -47,9 +46,6 @@ class BatchDenoiser(StableDiffusion):
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextCond:
         return TextCond(self.texts(prompts))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return torch.cat([StableDiffusion.decode(self, part) for part in latents.split(DECODED_AT_ONCE)])
 
     def at(self, guidance_rate: float) -> BatchDenoiser:
         """The same weights and memory at another guidance."""

@@ -72,7 +72,7 @@ class StartTables:
         prompts = PromptOrder(list(dict.fromkeys(training)), config.run.seed).take(1, config.distill.prompts)
         seeds = [derive_seed(config.run.seed, "distill-noise", index) for index in range(len(prompts))]
         rows, started = self.net.rows, time.perf_counter()
-        found = distill(self.net, cold, prompts, seeds, config.distill, max_rows=DISTILL_ROWS)
+        found = distill(self.net, cold, prompts, seeds, replace(config.distill, max_rows=DISTILL_ROWS))
         per_image = cold.positions.shape[0] * (1 + cold.num_points)
         images = (self.net.rows - rows) / per_image
         return Start(found.table, images, time.perf_counter() - started, found.errors)

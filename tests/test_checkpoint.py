@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import pickle
@@ -21,6 +24,7 @@ from torch_utils.checkpoint import (
     atomic_write_bytes,
     atomic_write_text,
     load_checkpoint,
+    lock_folder,
     record_path,
     save_checkpoint,
     sha256_file,
@@ -268,3 +272,20 @@ def test_user_errors_end_a_command_with_one_line_and_code_2():
     assert CliRunner().invoke(command, ["none"]).stdout == "fine\n"
     assert issubclass(CheckpointError, UserError)
     assert issubclass(UserError, ValueError)
+
+
+def test_a_folder_is_locked_for_one(tmp_path):
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        assert lock_folder(tmp_path, first)
+        assert not lock_folder(tmp_path, second)
+        first.close()
+        assert lock_folder(tmp_path, second)
+
+
+def test_a_file_system_without_locks_is_not_taken_for_one_in_use(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with contextlib.ExitStack() as locks, pytest.raises(CheckpointError, match=r"cannot lock .*needs locks \(flock\)"):
+        lock_folder(tmp_path, locks)

@@ -324,7 +324,7 @@ def test_rows_of_a_call_do_not_matter(num_points, fit_scale, tolerance):
     assert whole.table.sha256() == again.table.sha256() and whole.errors == again.errors
     for max_rows in (1, 3, 10):
         net = LargestCall()
-        found = distill(net, start, PROMPTS, SEEDS, options, max_rows=max_rows)
+        found = distill(net, start, PROMPTS, SEEDS, replace(options, max_rows=max_rows))
         assert net.largest <= max_rows
         assert torch.equal(found.table.positions, whole.table.positions)
         assert (found.table.weights - whole.table.weights).abs().max() < tolerance
@@ -335,8 +335,8 @@ def test_rows_of_a_call_do_not_matter(num_points, fit_scale, tolerance):
 @pytest.mark.parametrize("teacher", ["ddim", "edm"])
 def test_progress_counts_every_row(teacher, afs):
     net, seen = Mixture(), []
-    start, options = start_table(afs=afs), DistillConfig(teacher, teacher_steps=3, grid_points=9)
-    distill(net, start, PROMPTS, SEEDS, options, lambda done, total: seen.append((done, total)), max_rows=10)
+    start, options = start_table(afs=afs), DistillConfig(teacher, teacher_steps=3, grid_points=9, max_rows=10)
+    distill(net, start, PROMPTS, SEEDS, options, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (net.rows, net.rows)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 

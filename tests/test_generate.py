@@ -36,7 +36,7 @@ from training.denoisers import BACKBONES, note_resolution
 from training.denoisers.stable_diffusion import StableDiffusion
 from training.generate import EXPLICIT, TABLE_SOLVERS, SamplingPlan, generate_images, table_schedule, write_images
 from training.images import load_image
-from training.manifest import Manifest, image_name
+from training.manifest import Manifest, ManifestError, image_name
 from training.ppo import launch
 from training.ppo.cold_start import cold_start_table
 from training.table import load_table, save_table
@@ -376,6 +376,21 @@ def test_too_many_images_for_the_gpu_are_said_and_fewer_go_on(tmp_path, monkeypa
     write_images(plan, [0, 1, 2], PROMPTS[:3], out, batch=1, device="cpu")
     after = pngs(out)
     assert len(after) == 3 and before.items() <= after.items()
+
+
+def test_pictures_that_another_node_kept_are_missed(tmp_path):
+    """Two nodes with folders of their own: rank 0 sees its own lines only."""
+    manifest = Manifest(tmp_path, PLAN.record())
+    (tmp_path / "000000").mkdir()
+    for seed in (0, 1):
+        (tmp_path / image_name(seed)).write_bytes(b"picture")
+    with manifest.writer(0) as add:
+        add(0, "a")
+        add(1, "b")
+    with pytest.raises(ManifestError, match=r"lacks 2 images .*, seed 2 first: is the folder on a disk that all nodes"):
+        manifest.join([0, 1, 2, 3])
+    manifest.join([0, 1])  # what was here is kept
+    assert [line["seed"] for line in map(json.loads, manifest.path.open())] == [0, 1]
 
 
 def test_a_run_cut_off_before_its_manifest_needs_no_new_image(tmp_path):

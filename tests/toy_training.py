@@ -76,6 +76,9 @@ class ToyDenoiser:
     def decode(self, latents: Tensor) -> Tensor:
         return latents.float()
 
+    def batch_done(self) -> None:
+        pass
+
 
 class ToyReward:
     """Minus the mean distance from the prompt's colour: what a solver that leaves noise behind loses."""

@@ -156,7 +156,7 @@ def _load(source: str | os.PathLike[str] | BinaryIO, name: str, kind: str) -> di
 def lock_folder(folder: str | os.PathLike[str], locks: contextlib.ExitStack) -> bool:
     """Whether `folder` is now ours until `locks` closes; the system frees it too when the process dies.
 
-    Raises `CheckpointError` where the lock file cannot be made.
+    Raises `CheckpointError` where the lock file cannot be made, or the file system has no locks.
     """
     path = Path(folder) / ".lock"
     try:
@@ -165,8 +165,13 @@ def lock_folder(folder: str | os.PathLike[str], locks: contextlib.ExitStack) -> 
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         return False
+    except OSError as error:
+        file.close()
+        raise CheckpointError(
+            f"cannot lock {path}: {error.strerror}; the file system needs locks (flock), choose a folder on another one"
+        ) from error
     locks.enter_context(file)
     return True

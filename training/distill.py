@@ -39,7 +39,6 @@ FIRST_POSITION, LAST_POSITION = 0.02, 0.98  # of the grid: nearer to a node, poi
 MIN_WEIGHT = 0.03  # a point with less is hardly used, and leaves PPO at the edge of the simplex
 MAX_SCALE_CHANGE = 0.25  # a fitted scale farther from 1 makes up for slopes that all point elsewhere
 MAX_SUBSETS = 20_000  # of grid positions that are tried in an interval
-MAX_ROWS = 64  # of a network call
 RIDGE = 1e-12  # a squared relative error that counts as none: keeps systems regular where slopes coincide
 SHOW_AFTER, SHOW_EVERY = 3.0, 10.0  # seconds, of the progress display
 
@@ -63,14 +62,13 @@ def distill(
     seeds: Sequence[int],
     options: DistillConfig,
     progress: Progress | None = None,
-    max_rows: int = MAX_ROWS,
 ) -> Distilled:
     """Fit a table under the conditions and in the shape of `start`, which is a table for `epd`, to a teacher.
 
-    One image per (prompt, seed). `max_rows` limits the rows of a network call, for the same result up to rounding. In
-    memory are the teacher's states at the N nodes, `[N, B, C, H, W]` (12 MB for 16 images of Stable Diffusion v1.5 and
-    10 intervals), and some `max_rows` states more. Raises `UserError` subclasses before the first network call, and
-    `DistillError` where the model or the teacher leaves the finite numbers.
+    One image per (prompt, seed). In memory are the teacher's states at the N nodes, `[N, B, C, H, W]` (12 MB for 16
+    images of Stable Diffusion v1.5 and 10 intervals), and some `options.max_rows` states more. Raises `UserError`
+    subclasses before the first network call, and `DistillError` where the model or the teacher leaves the finite
+    numbers.
     """
     import torch
 
@@ -85,6 +83,7 @@ def distill(
     check_nodes("epd", nodes, net.is_flow, start.afs)
     fine = teacher_nodes(plan, nodes, net)
     watched = _Watched(net, progress, len(prompts) * rows_per_image(plan, start, len(grid)))
+    max_rows = options.max_rows
 
     rows, errors = [], []
     with torch.no_grad():
@@ -345,6 +344,8 @@ def distill_config(config: Config, output: Path | None, device: str) -> Path:
 
     `device` is auto, cpu or cuda. Raises `UserError` subclasses before the backbone loads, where that can be known.
     """
+    import torch
+
     from torch_utils import distributed
     from torch_utils.seeds import derive_seed
     from training.generate import SamplingPlan
@@ -375,6 +376,11 @@ def distill_config(config: Config, output: Path | None, device: str) -> Path:
         display = ProgressDisplay()
         try:
             distilled = distill(net, start, prompts, seeds, options, display)
+        except torch.OutOfMemoryError as error:
+            raise DistillError(
+                f"the GPU's memory does not suffice for {options.max_rows} rows in a network call; lower "
+                "distill.max_rows, for the same table"
+            ) from error
         finally:
             display.close()
         for line in summary(distilled):

@@ -409,5 +409,5 @@ def _generate(
             bar.update(len(part))
     distributed.barrier()
     if distributed.is_main():
-        manifest.join()
+        manifest.join(todo)
         distributed.print0(f"{manifest.path}: {json.dumps(plan.record() | {'images': len(prompt_of)})}")

@@ -128,9 +128,16 @@ class Manifest:
 
             yield add
 
-    def join(self) -> None:
-        """Put the lines of all ranks into `manifest.jsonl`, by seed."""
-        self._store(self._lines())
+    def join(self, seeds: Iterable[int]) -> None:
+        """Put the lines of all ranks into `manifest.jsonl`, by seed. Raises `ManifestError` if one of `seeds` lacks."""
+        lines = self._lines()
+        self._store(lines)
+        lost = [seed for seed in seeds if seed not in lines]
+        if lost:
+            raise ManifestError(
+                f"{self.folder} lacks {len(lost)} images that other processes have made, seed {lost[0]} first: is the "
+                "folder on a disk that all nodes share?"
+            )
 
     def _store(self, lines: Mapping[int, dict]) -> None:
         atomic_write_text(self.path, "".join(json.dumps(lines[seed]) + "\n" for seed in sorted(lines)))

@@ -30,9 +30,9 @@ WEIGHT_FILES = {
 # Where sampling stops: below it SD's latents change too little to be worth an evaluation, and the published tables
 # and baselines all end there.
 SIGMA_MIN = 0.1
-# Images that are decoded at a time: the decoder's pictures are many times as large as the latents, and more than a few
-# at once are no faster.
-DECODED_AT_ONCE = 4
+# Pixels that are decoded at a time, four pictures of 512 x 512: what the decoder keeps is many times as large as the
+# latents, and more at once is no faster.
+DECODED_AT_ONCE = 2**20
 
 
 class NoiseTable:
@@ -109,6 +109,8 @@ class StableDiffusion(Denoiser):
         self.table.to(device)
         self.img_channels = self.unet.config.in_channels
         self.img_resolution = self.unet.config.sample_size
+        pixels = (self.img_resolution * 2 ** (len(self.vae.config.block_out_channels) - 1)) ** 2
+        self.decoded_at_once = max(DECODED_AT_ONCE // pixels, 1)
         self.sigma_min = SIGMA_MIN
         self.sigma_max = self.table.sigma(torch.ones(())).item()
         self.calls = self.rows = 0
@@ -172,7 +174,7 @@ class StableDiffusion(Denoiser):
         return self.text_encoder(tokens.to(self.device)).last_hidden_state
 
     def decode(self, latents: Tensor) -> Tensor:
-        return torch.cat([self.decoder(few) for few in latents.split(DECODED_AT_ONCE)])
+        return torch.cat([self.decoder(few) for few in latents.split(self.decoded_at_once)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         scaled = (latents.to(torch.float32) / self.vae.config.scaling_factor).to(self.vae.dtype)

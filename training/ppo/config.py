@@ -60,6 +60,7 @@ class DistillConfig:
     teacher_steps: int = 8  # its intervals within each interval of the table
     prompts: int = 16  # training prompts, one noise each
     grid_points: int = 13  # positions tried in every interval
+    max_rows: int = 64  # of a network call at most; fewer need less memory, for the same table up to rounding
     fit_scale: bool = True  # fit scale_dir, one number for each interval, too
 
 
@@ -179,6 +180,7 @@ AT_LEAST = {
     "distill.teacher_steps": 1,
     "distill.prompts": 1,
     "distill.grid_points": 2,
+    "distill.max_rows": 1,
     "reward.batch_size": 1,
     "policy.hidden_dim": 1,
     "policy.num_layers": 0,
@@ -366,7 +368,7 @@ def check_world_size(config: Config, world_size: int) -> None:
     if config.ppo.rollout_batch_size % world_size:
         raise ConfigError(
             f"ppo.rollout_batch_size={config.ppo.rollout_batch_size} is not a multiple of the {world_size} processes; "
-            "change it or --nproc_per_node"
+            "change it or the number of processes"
         )
 
 

@@ -50,7 +50,7 @@ def launch(config: Config, resume: str, device: str) -> int:
 
     distributed.init(device)
     try:
-        check_world_size(config, distributed.world_size())
+        distributed.on_main(lambda: check_world_size(config, distributed.world_size()))
         inputs = distributed.on_main(lambda: load_inputs(config))
         return train(config, inputs, load_models(config), resume)
     finally:
