@@ -18,14 +18,14 @@ preset="${1:-embedded}"
 launcher=()
 case "$preset" in
     embedded)
-        config=embedded dataset=emoji prompts=src/prompts/emoji_test.txt seeds="${SEEDS:-0-255}" precision=float32
+        config=embedded dataset=emoji prompts=src/prompts/emoji_test.txt seeds="${SEEDS:-0-255}" precision=float32 compile=off
         schedule=(--schedule-type logsnr)
         metrics=("reward score_emoji --metric reward" "heldout score_emoji --metric heldout") # name, module, options
         # name, sampler, nodes, options: parallel NFE 10 for all, and a long run to compare with
         baselines=("ddim-10 ddim 11" "dpm2-10 dpm2 6" "heun-10 heun 6" "ipndm-10 ipndm 11" "dpmpp-10 dpmpp 11" "ddim-50 ddim 51")
         ;;
     sd15 | sd15-multi)
-        config=sd15_single dataset=ms_coco prompts=src/prompts/test.txt seeds="${SEEDS:-0-999}" precision=float16
+        config=sd15_single dataset=ms_coco prompts=src/prompts/test.txt seeds="${SEEDS:-0-999}" precision=float16 compile=default
         if [ "$preset" = sd15-multi ]; then
             config=sd15_parallel launcher=(-m torch.distributed.run --standalone "--nproc_per_node=${GPUS:-gpu}")
         fi
@@ -50,7 +50,7 @@ run_dir=$(dirname "$(dirname "$learned")")
 step=$(basename "$learned" .safetensors)
 label="$preset/$(basename "$run_dir")-${step##*-}-seeds$seeds"
 samples="samples/$label" results="results/$label"
-common=(--prompt-file "$prompts" --seeds "$seeds" --batch 16 --precision "$precision" --grid)
+common=(--prompt-file "$prompts" --seeds "$seeds" --batch 16 --precision "$precision" --compile "$compile" --grid)
 python=("$PYTHON" ${launcher[@]+"${launcher[@]}"})
 
 run "${python[@]}" sample.py --predictor_path "$learned" "${common[@]}" --outdir "$samples/learned"

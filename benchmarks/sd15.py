@@ -6,8 +6,8 @@ Parts are measured one by one and kept; --overwrite measures the chosen ones ane
 \b
 batch1     one image: 10 intervals with K = 2 and K = 1
 batch16    sixteen images
-step       a PPO step of 8 images with HPSv2.1, decoding
 memory     peaks for 1, 16 and 64 images, and for 16 with --max-rows
+step       a PPO step of 8 images with HPSv2.1, decoding
 gradients  the pathwise gradient of 8 images by micro-batch
 none       nothing: only write the table again
 """
@@ -15,6 +15,7 @@ none       nothing: only write the table again
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 
 import click
@@ -31,7 +32,7 @@ BENCHMARK = Benchmark(
         *("benchmarks/sd15_models.py", "benchmarks/sd15_measures.py"),
     ),
 )
-PARTS = ("batch1", "batch16", "step", "memory", "gradients")
+PARTS = ("batch1", "batch16", "memory", "step", "gradients")
 
 
 @click.command(help=__doc__, context_settings={"show_default": True, "max_content_width": 120})
@@ -99,13 +100,14 @@ def measure(results: Results, names: list[str], settings: dict, device: str, mod
     models.mkdir(parents=True, exist_ok=True)
     kind, tiny, repeats = torch.device(device), settings["tiny"], settings["repeats"]
     net = random_backbone(models, kind, settings["precision"], settings["compile"], tiny)
-    reward = random_reward(models, kind, tiny) if {"step", "gradients"} & set(empty) else None
+    # Loaded when it is needed, so that memory is measured without it.
+    reward = functools.cache(lambda: random_reward(models, kind, tiny))
     work = {
         "batch1": lambda part: measures.measure_sampling(part, net, 1, 150.0, repeats, with_single=True),
         "batch16": lambda part: measures.measure_sampling(part, net, 16, 1750.0, repeats, with_single=False),
-        "step": lambda part: measures.measure_step(part, net, reward, repeats),
+        "step": lambda part: measures.measure_step(part, net, reward(), repeats),
         "memory": lambda part: measures.measure_memory(part, net, (1, 2, 3) if tiny else (1, 16, 64), 8),
-        "gradients": lambda part: measures.measure_gradients(part, net, reward, (8, 4, 2, 1)),
+        "gradients": lambda part: measures.measure_gradients(part, net, reward(), (8, 4, 2, 1)),
     }
     for name, part in empty.items():
         work[name](part)

@@ -173,6 +173,8 @@ def measure_memory(part: Part, net: StableDiffusion, batches: tuple[int, ...], m
     """Peak of whole batches, prompts to pictures; the last batch but one again with `--max-rows`."""
     table = cold_start_table(INTERVALS + 1, 2)
     sigmas = table_schedule(table, net)
+    networks = net.unet, net.vae, net.text_encoder
+    weights = sum(part.numel() * part.element_size() for network in networks for part in network.parameters()) / GIB
 
     def images(batch: int, rows: int | None) -> Tensor:
         sampler = partial(epd_sampler, table=table, max_rows=rows)
@@ -182,7 +184,7 @@ def measure_memory(part: Part, net: StableDiffusion, batches: tuple[int, ...], m
         peak = peak_gib(partial(images, batch, rows), net.device)
         limit = 16e9 / GIB if rows is not None else None
         label = f"batch {batch}" + (f", --max-rows {rows}" if rows else "")
-        _add(part, label, peak, "GiB", limit, "weights 2.3 GiB of it, and the text encoder's" if batch == 1 else "")
+        _add(part, label, peak, "GiB", limit, f"weights {weights:.1f} GiB of it" if batch == batches[0] else "")
 
 
 def measure_gradients(part: Part, net: StableDiffusion, reward: Reward, micro_batches: tuple[int, ...]) -> None:
@@ -198,6 +200,7 @@ def measure_gradients(part: Part, net: StableDiffusion, reward: Reward, micro_ba
                 few = type(arrays)(*(array[rows] for array in arrays))
                 scorer.gradients(few, prompts(STEP_IMAGES)[rows], list(part))
 
+        seconds(work, net.device)  # libraries choose their ways at the first call
         times = []
         peak = peak_gib(lambda: times.append(seconds(work, net.device)), net.device)  # noqa: B023
         label = f"gradients of {STEP_IMAGES} images, {micro_batch} at a time"

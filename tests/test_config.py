@@ -37,6 +37,18 @@ def run_cli(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+def test_off_needs_no_quotes(tmp_path):
+    path = tmp_path / "run.yaml"
+    for text in ("off", '"off"'):
+        path.write_text(f"model: {{num_steps: 3, num_points: 2, compile: {text}}}")
+        config = load_config(path)
+        assert config.model.compile == load_config(path, [f"model.compile={text}"]).model.compile == "off"
+        (tmp_path / "again.yaml").write_text(to_yaml(config))
+        assert differences(config, load_config(tmp_path / "again.yaml")) == []
+    with pytest.raises(ConfigError, match=r"model\.compile=all must be one of: off, default, max"):
+        load_config(path, ["model.compile=all"])
+
+
 def test_presets_are_there():
     assert [path.stem for path in PRESETS] == ["embedded", "sd15_parallel", "sd15_single"]
 

@@ -506,6 +506,7 @@ def test_dry_run_prints_the_configuration(config_file, tmp_path):
         "teacher_steps": 2,
         "prompts": 32,
         "grid_points": 5,
+        "max_rows": 64,
         "fit_scale": True,
     }
     again = tmp_path / "again.yaml"

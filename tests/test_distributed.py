@@ -53,7 +53,7 @@ seen["shared"] = []
 for n in (1, 4, 5):
     a, b = torch.arange(2.0 * n).view(n, 2), torch.ones(n, 2)
     seen["shared"].append(d.share_rows(tenfold, a.to(d.device()), b.to(d.device())).flatten().tolist())
-seen["asked"], seen["hosts"] = asked, d.hosts()
+seen["asked"], seen["local"] = asked, d.local_world_size()
 refused = []
 for bad in (torch.zeros(2 + r), torch.zeros(2, dtype=torch.float64 if r else torch.float32), torch.tensor(1.0)):
     try:
@@ -129,7 +129,7 @@ def test_rows_are_worked_out_in_shares_and_known_to_all(two_ranks):
         assert seen["shared"] == [[20.0 * row + 1 for row in range(n)] for n in (1, 4, 5)]
         assert [len(part) for part in seen["asked"]] == [2, 4, 6]  # halves, rounded up, of 1, 4 and 5 rows of two
         assert seen["asked"][2][-2:] == last
-        assert seen["hosts"] == 1
+        assert seen["local"] == 2
     assert two_ranks[0][1]["asked"][2] == [6.0, 7.0, 8.0, 9.0, 8.0, 9.0]  # an uneven share repeats the last row
 
 

@@ -111,9 +111,9 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def hosts() -> int:
-    """Count of machines that the processes run on, by what `torchrun` says; 1 when alone."""
-    return world_size() // _environment_number("LOCAL_WORLD_SIZE") if world_size() > 1 else 1
+def local_world_size() -> int:
+    """Count of processes on this machine, by what `torchrun` says; 1 when alone."""
+    return _environment_number("LOCAL_WORLD_SIZE") if world_size() > 1 else 1
 
 
 def is_main() -> bool:

@@ -354,7 +354,7 @@ def _prepare(
 
 def _check_points(plan: SamplingPlan, batch: int, max_rows: int | None) -> None:
     """Raise a `UserError` where spreading the rows of a network call over the ranks cannot help."""
-    ranks, hosts = distributed.world_size(), distributed.hosts()
+    ranks, hosts = distributed.world_size(), distributed.world_size() // distributed.local_world_size()
     points = plan.table.num_points if plan.table is not None else 1
     branches = 1 if plan.guidance_rate == 1 else 2
     rows = branches * min(batch * points, max_rows or batch * points)

@@ -15,7 +15,7 @@ from dnnlib.util import cache_dir
 from torch_utils import distributed
 
 # Options of torch.compile. "max" tries many kernels for every matrix product: minutes of work for some percent.
-COMPILE_MODES: dict[str, dict[str, bool]] = {
+COMPILE_MODES: dict[str, dict[str, bool | int]] = {
     "off": {},
     "default": {},
     "max": {"max_autotune": True, "coordinate_descent_tuning": True},
@@ -66,8 +66,11 @@ class Replayed:
             f"compiling the {self.title} for {rows} rows; minutes at first, seconds from {os.environ[CACHE_VARIABLE]}"
         )
         started = time.perf_counter()
+        # The compiler's helpers stay in memory, some hundred MB each: the ranks of a machine share its cores.
+        helpers = max(min(8, len(os.sched_getaffinity(0)) // distributed.local_world_size()), 1)
+        options = COMPILE_MODES[self.mode] | {"compile_threads": helpers}
         try:
-            compiled = torch.compile(self.function, dynamic=False, fullgraph=True, options=COMPILE_MODES[self.mode])
+            compiled = torch.compile(self.function, dynamic=False, fullgraph=True, options=options)
             self.graphs[shape] = _Graph(compiled, inputs, self.pool)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.active = False

@@ -224,6 +224,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     merged = OmegaConf.structured(Config)
     for origin, source in sources:
         _check_keys(origin, source)
+        if OmegaConf.select(source, "model.compile") is False:
+            OmegaConf.update(source, "model.compile", "off")  # which YAML reads as false without quotes
         try:
             merged = OmegaConf.merge(merged, source)
             OmegaConf.to_container(merged, resolve=True)
