@@ -9,7 +9,10 @@ batch16    sixteen images
 memory     peaks for 1, 16 and 64 images, and for 16 with --max-rows
 step       a PPO step of 8 images with HPSv2.1, decoding
 gradients  the pathwise gradient of 8 images by micro-batch
+ranks      a PPO step of 16 images, 8 at a time, and one image with --parallel points, on the GPUs of torchrun
 none       nothing: only write the table again
+
+For several GPUs measure ranks with one process, then torchrun --nproc_per_node=2 -m benchmarks.sd15 --parts ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ BENCHMARK = Benchmark(
         *("benchmarks/sd15_models.py", "benchmarks/sd15_measures.py"),
     ),
 )
-PARTS = ("batch1", "batch16", "memory", "step", "gradients")
+PARTS = ("batch1", "batch16", "memory", "step", "gradients", "ranks")
+RANKS = "ranks{}"
 
 
 @click.command(help=__doc__, context_settings={"show_default": True, "max_content_width": 120})
@@ -67,20 +71,26 @@ def main(
 ) -> None:
     names = choose("--parts", parts, PARTS)
     from benchmarks.solvers import make_folder, parse_device
+    from torch_utils import distributed
     from torch_utils.checkpoint import atomic_write_text, lock_folder
 
     device = parse_device(device)
+    distributed.init(device)
+    if distributed.world_size() > 1 and names != ["ranks"]:
+        raise UserError(f"--parts {parts}: of these, several processes measure ranks only")
     with contextlib.ExitStack() as locks:
         make_folder(outdir)
-        if not lock_folder(outdir, locks):
+        if distributed.is_main() and not lock_folder(outdir, locks):
             raise UserError(f"another process writes to {outdir}; choose another --outdir")
         results = Results(outdir, BENCHMARK)
         settings = {"precision": precision, "compile": compile_mode, "tiny": tiny, "repeats": repeats}
         if names:
             measure(results, names, settings, device, models, overwrite)
-        table = to_markdown(results.parts)
-        atomic_write_text(outdir / "sd15.md", table)
-        click.echo(table)
+        if distributed.is_main():
+            table = to_markdown(results.parts)
+            atomic_write_text(outdir / "sd15.md", table)
+            click.echo(table)
+    distributed.shutdown()
     missed = [row["figure"] for part in results.parts.values() for row in part["rows"] if not reached(row)]
     if check and (missed or not results.parts):
         raise UserError(f"--check: not reached: {', '.join(missed) or 'nothing is measured'}")
@@ -88,17 +98,18 @@ def main(
 
 def measure(results: Results, names: list[str], settings: dict, device: str, models: Path, overwrite: bool) -> None:
     """Fill the parts that are not there yet; every part is saved when it is complete."""
-    import torch
-
     from benchmarks import sd15_measures as measures
     from benchmarks.sd15_models import random_backbone, random_reward
+    from torch_utils import distributed
 
-    found = {name: results.part(name, device, settings, overwrite) for name in names}
+    ranks = distributed.world_size()
+    alone = results.parts.get(RANKS.format(1))
+    found = {name: results.part(file_name(name, ranks), device, settings, overwrite) for name in names}
     empty = {name: part for name, part in found.items() if not part.rows}
     if not empty:
         return
     models.mkdir(parents=True, exist_ok=True)
-    kind, tiny, repeats = torch.device(device), settings["tiny"], settings["repeats"]
+    kind, tiny, repeats = distributed.device(), settings["tiny"], settings["repeats"]
     net = random_backbone(models, kind, settings["precision"], settings["compile"], tiny)
     # Loaded when it is needed, so that memory is measured without it.
     reward = functools.cache(lambda: random_reward(models, kind, tiny))
@@ -108,11 +119,18 @@ def measure(results: Results, names: list[str], settings: dict, device: str, mod
         "step": lambda part: measures.measure_step(part, net, reward(), repeats),
         "memory": lambda part: measures.measure_memory(part, net, (1, 2, 3) if tiny else (1, 16, 64), 8),
         "gradients": lambda part: measures.measure_gradients(part, net, reward(), (8, 4, 2, 1)),
+        "ranks": lambda part: measures.measure_ranks(part, net, reward(), repeats, alone),
     }
     for name, part in empty.items():
         work[name](part)
-        results.save()
-        click.echo(f"{name} measured", err=True)
+        if distributed.is_main():
+            results.save()
+        distributed.print0(f"{name} measured")
+
+
+def file_name(part: str, ranks: int) -> str:
+    """Of a part in the file: what several processes measure stands beside what one does."""
+    return RANKS.format(ranks) if part == "ranks" else part
 
 
 def reached(row: dict) -> bool:
@@ -123,10 +141,8 @@ def to_markdown(parts: dict[str, dict]) -> str:
     """One table of all parts, in the order of PARTS, and how they were measured."""
     lines = ["| figure | measured | to reach | |", "|---|---|---|---|"]
     machines = {}
-    for name in PARTS:
-        part = parts.get(name)
-        if part is None:
-            continue
+    for name in sorted(parts, key=lambda name: (PARTS.index("ranks" if name.startswith("ranks") else name), name)):
+        part = parts[name]
         machine, settings = part["machine"], part["settings"]
         machines[name] = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}, {settings['precision']}, "
         machines[name] += f"--compile {settings['compile']}" + (", tiny networks" if settings["tiny"] else "")

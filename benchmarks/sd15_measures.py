@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.results import Part
 from solvers import epd_sampler
+from torch_utils import distributed
 from training.denoisers.stable_diffusion import StableDiffusion
 from training.generate import generate_batch, initial_latents, table_schedule
 from training.ppo.cold_start import cold_start_table
@@ -20,11 +22,13 @@ from training.ppo.config import PPOConfig
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.rdpo import RDPO
 from training.ppo.reward_base import Reward
-from training.ppo.rl_runner import EPDRolloutRunner, ImageScorer
+from training.ppo.rl_runner import EPDRolloutRunner, ImageScorer, Rollout
 from training.table import SolverTable
 
 INTERVALS = 10
 STEP_IMAGES = 8
+RANKS_IMAGES = 16
+WARM_UP_STEPS = 3
 MATMUL_SIZE = 8192
 GIB = 2**30
 
@@ -127,45 +131,78 @@ def measure_sampling(
         add(f"K = 2 over K = 1, batch {batch}", took / one, "", 1.35, f"K = 1: {one:.1f} ms")
 
 
-@torch.no_grad()
-def measure_step(part: Part, net: StableDiffusion, reward: Reward, repeats: int) -> None:
-    """A step of PPO: tables drawn, 8 images, decoded, scored, the policy updated; and its parts."""
-    add = partial(_add, part)
+@dataclass(frozen=True)
+class Steps:
+    """Steps of PPO, after three that compile and warm up; seconds of each."""
+
+    compiling: float
+    whole: list[float]
+    rollouts: list[Rollout]
+    updates: list[float]
+    losses: list[float]
+
+
+def ppo_steps(net: StableDiffusion, reward: Reward, images: int, repeats: int) -> Steps:
+    """Tables drawn, images made 8 at a time, decoded, scored, the policy updated; the ranks share out the images."""
     start = cold_start_table(INTERVALS + 1, 2)
-    ppo = PPOConfig(steps=100, rollout_batch_size=STEP_IMAGES, rloo_k=4)
-    with torch.enable_grad():
-        policy = EPDParamPolicy(start)
-        learner = RDPO(policy, ppo, seed=0)
-    runner = EPDRolloutRunner(net, reward, prompts(16), start, ppo, seed=0)
-    rollouts, updates = [], []
+    ppo = PPOConfig(steps=100, rollout_batch_size=images, rloo_k=4, rollout_micro_batch=STEP_IMAGES)
+    policy = EPDParamPolicy(start)
+    learner = RDPO(policy, ppo, seed=0)
+    runner = EPDRolloutRunner(net, reward, prompts(2 * images), start, ppo, seed=0)
+    rollouts, updates, losses = [], [], []
 
     def step(number: int) -> None:
-        rollout = runner.rollout(learner.draw(runner, number))
-        rollouts.append(rollout)
+        rollouts.append(runner.rollout(learner.draw(runner, number)))
         started = time.perf_counter()
-        with torch.enable_grad():
-            learner.update(number, rollout)
+        losses.append(learner.update(number, rollouts[-1])["loss"])
         updates.append(time.perf_counter() - started)
 
-    compiling = [seconds(partial(step, number), net.device) for number in (1, 2, 3)][1]
-    rollouts.clear()
-    updates.clear()
-    times = [seconds(partial(step, number), net.device) for number in range(4, 4 + repeats)]
-    median = lambda values: 1000 * statistics.median(values)  # noqa: E731
-    add(f"PPO step of {STEP_IMAGES} images", median(times), "ms", 1300.0, "by the clock")
-    add(
-        "of it: images", median([r.seconds_generation for r in rollouts]), "ms", None, "prompts, 10 intervals, decoding"
-    )
-    add("of it: rewards", median([r.seconds_reward for r in rollouts]), "ms", None, f"{reward.name}, {reward.dtype}")
-    add("of it: update", median(updates), "ms", None, "4 epochs, on the CPU")
-    add("the step that compiles", compiling, "s", None, "seconds where the cache holds it")
+    whole = [seconds(partial(step, number), net.device) for number in range(1, WARM_UP_STEPS + 1 + repeats)]
+    kept = slice(WARM_UP_STEPS, None)
+    return Steps(whole[1], whole[kept], rollouts[kept], updates[kept], losses[kept])
+
+
+def measure_step(part: Part, net: StableDiffusion, reward: Reward, repeats: int) -> None:
+    """A step of PPO and its parts."""
+    add = partial(_add, part)
+    steps = ppo_steps(net, reward, STEP_IMAGES, repeats)
+    making = [rollout.seconds_generation for rollout in steps.rollouts]
+    judging = [rollout.seconds_reward for rollout in steps.rollouts]
+    add(f"PPO step of {STEP_IMAGES} images", _median_ms(steps.whole), "ms", 1300.0, "by the clock")
+    add("of it: images", _median_ms(making), "ms", None, "prompts, 10 intervals, decoding")
+    add("of it: rewards", _median_ms(judging), "ms", None, f"{reward.name}, {reward.dtype}")
+    add("of it: update", _median_ms(steps.updates), "ms", None, "4 epochs, on the CPU")
+    add("the step that compiles", steps.compiling, "s", None, "seconds where the cache holds it")
     size = net.img_resolution
     for count in (1, STEP_IMAGES):
         latents = torch.randn(count, net.img_channels, size, size, device=net.device)
-        net.decode(latents)
-        net.batch_done()
-        net.decode(latents)
-        add(f"decoding {count}", milliseconds(partial(net.decode, latents), net.device, repeats), "ms", None, "")
+        with torch.no_grad():
+            settled(net, partial(net.decode, latents))
+            took = milliseconds(partial(net.decode, latents), net.device, repeats)
+        add(f"decoding {count}", took, "ms", None, "")
+
+
+def measure_ranks(part: Part, net: StableDiffusion, reward: Reward, repeats: int, alone: dict | None) -> None:
+    """A step of PPO on all ranks together, and one image made by all of them; beside `alone`, the part of one rank."""
+    ranks = distributed.world_size()
+    steps = ppo_steps(net, reward, RANKS_IMAGES, repeats)
+    if ranks > 1:
+        net.share_rows()
+    with torch.no_grad():
+        work = trajectory(net, 1, cold_start_table(INTERVALS + 1, 2))
+        settled(net, work)
+        one_image = milliseconds(work, net.device, repeats)
+    loss = f"last loss {steps.losses[-1]:.9f}, reward {steps.rollouts[-1].rewards.mean():.9f}"
+    speed = f"{RANKS_IMAGES / statistics.median(steps.whole):.1f} images/s; {loss}"
+    found = [
+        (f"PPO step of {RANKS_IMAGES} images", _median_ms(steps.whole), 1 / 1.9, speed),
+        ("1 image", one_image, 1 / 1.3, ""),
+    ]
+    for row, (figure, value, share, note) in enumerate(found):
+        gpus = f"{ranks} GPU" + ("s" if ranks > 1 else "")
+        _add(part, f"{figure} on {gpus}", value, "ms", None, note)
+        if ranks == 2 and alone is not None:
+            _add(part, f"the same over that of 1 GPU: {figure}", value / alone["rows"][row]["value"], "", share, "")
 
 
 @torch.no_grad()
@@ -205,6 +242,10 @@ def measure_gradients(part: Part, net: StableDiffusion, reward: Reward, micro_ba
         peak = peak_gib(lambda: times.append(seconds(work, net.device)), net.device)  # noqa: B023
         label = f"gradients of {STEP_IMAGES} images, {micro_batch} at a time"
         _add(part, label, times[0], "s", None, f"{peak:.1f} GiB")
+
+
+def _median_ms(times: list[float]) -> float:
+    return 1000 * statistics.median(times)
 
 
 def _add(part: Part, figure: str, value: float, unit: str, to_reach: float | None, note: str) -> None:
