@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from training.images import load_image
 from training.manifest import image_name
@@ -17,6 +18,7 @@ from training.ppo.cold_start import cold_start_table
 from training.table import save_table
 
 ROOT = Path(__file__).resolve().parents[1]
+NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PROMPTS = ROOT / "src/prompts/emoji_test.txt"
 # Counts the rows that reach the network of this rank, and says so at the end.
 COUNTING = """
@@ -38,14 +40,16 @@ finally:
 """
 
 
-def start(folder: Path, ranks: int, *arguments: str, guidance_rate: float = 7.5) -> subprocess.Popen:
+def start(
+    folder: Path, ranks: int, *arguments: str, guidance_rate: float = 7.5, device: str = "cpu"
+) -> subprocess.Popen:
     folder.mkdir()
     table = replace(cold_start_table(3, 2), dataset_name="emoji", guidance_rate=guidance_rate)
     save_table(table, folder / "table.json")
     (folder / "count.py").write_text(COUNTING)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(folder / "count.py"), str(folder / "rows")]
-    command += ["--predictor_path", str(folder / "table.json"), "--prompt-file", str(PROMPTS), "--device", "cpu"]
+    command += ["--predictor_path", str(folder / "table.json"), "--prompt-file", str(PROMPTS), "--device", device]
     command += ["--outdir", str(folder / "out"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -61,10 +65,14 @@ def rows(folder: Path, rank: int) -> list[int]:
     return json.loads((folder / f"rows{rank}").read_text())
 
 
-def test_two_ranks_make_one_image_together(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_TWO_GPUS)])
+def test_two_ranks_make_one_image_together(tmp_path, device):
     alone, together = (tmp_path / name for name in ("alone", "together"))
     options = ["--seeds", "0-1", "--batch", "1"]
-    processes = [start(alone, 1, *options), start(together, 2, *options, "--parallel", "points")]
+    processes = [
+        start(alone, 1, *options, device=device),
+        start(together, 2, *options, "--parallel", "points", device=device),
+    ]
     for process in processes:
         finish(process)
     for seed in (0, 1):
