@@ -32,7 +32,7 @@ from solver_utils import (
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from training import table_metadata
-from training.denoisers import BACKBONES, note_resolution
+from training.denoisers import BACKBONES, note_resolution, stable_diffusion
 from training.denoisers.stable_diffusion import StableDiffusion
 from training.generate import EXPLICIT, TABLE_SOLVERS, SamplingPlan, generate_images, table_schedule, write_images
 from training.images import load_image
@@ -376,6 +376,16 @@ def test_too_many_images_for_the_gpu_are_said_and_fewer_go_on(tmp_path, monkeypa
     write_images(plan, [0, 1, 2], PROMPTS[:3], out, batch=1, device="cpu")
     after = pngs(out)
     assert len(after) == 3 and before.items() <= after.items()
+
+
+def test_a_gpu_without_room_for_the_model_is_not_told_to_lower_the_batch(tmp_path, monkeypatch):
+    def hungry(folder, dtype):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(stable_diffusion, "load_folder", hungry)
+    result = run_cli(sample_baseline.main, *BASE, "--seeds", "0", "--outdir", str(tmp_path / "out"))
+    assert result.exit_code == 2 and "lower --batch" not in result.output
+    assert "cpu has not the memory that the model itself takes in float32" in result.output
 
 
 def test_pictures_that_another_node_kept_are_missed(tmp_path):

@@ -46,8 +46,8 @@ OPTIONS = (
     click.option(
         "--compile",
         "compile_mode",
-        help="On a GPU: compile the network once the first batch is done; default pays for hundreds of images, max, "
-        "which tries more kernels, for many thousands. Kept in the cache folder",
+        help="On a GPU: compile the network once the first batch is done. default takes minutes the first time and "
+        "seconds from the cache folder; max tries more kernels and takes longer",
         type=click.Choice(["off", "default", "max"]),
         default="off",
     ),

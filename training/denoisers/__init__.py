@@ -157,4 +157,11 @@ def create_model(
         raise ModelError(f"unknown compile_mode {compile_mode!r}; use one of {', '.join(COMPILE_MODES)}")
     source = find_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
     configs = BACKBONES[dataset_name].configs
-    return StableDiffusion(source, configs, dataset_name, guidance_rate, torch.device(device), precision, compile_mode)
+    device = torch.device(device)
+    try:
+        return StableDiffusion(source, configs, dataset_name, guidance_rate, device, precision, compile_mode)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{device} has not the memory that the model itself takes in {precision}; choose float16 or bfloat16, or "
+            "another GPU, or end what else runs there"
+        ) from error

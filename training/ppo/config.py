@@ -51,7 +51,8 @@ class ModelConfig:
     # folder, single file, or owner/name[@revision] on the hub of the backbone's weights; null: its usual place
     model_path: str | None = None
     precision: str = "float32"  # of the backbone: float32, float16 or bfloat16
-    compile: str = "default"  # of the backbone on a GPU: off, default, or max, which takes many minutes at first
+    # of the backbone on a GPU: off, default, or max; minutes that pay for thousands of images, and not for gradients
+    compile: str = "off"
 
 
 @dataclass
