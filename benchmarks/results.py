@@ -74,13 +74,14 @@ def machine(device: str) -> dict:
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:
-    """The command to give for the same measurement; where it wrote is nobody's business."""
+    """The command to give for the same measurement; where its folders lie is nobody's business."""
     kept, rest = [], iter(arguments)
     for argument in rest:
-        if argument == "--outdir":
-            next(rest, None)
-        elif not argument.startswith("--outdir="):
+        name, equals, _ = argument.partition("=")
+        if name not in ("--outdir", "--models"):
             kept.append(argument)
+        elif not equals:
+            next(rest, None)
     return shlex.join(["python", "-m", module, *kept])
 
 
