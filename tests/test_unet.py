@@ -46,6 +46,15 @@ def test_equals_diffusers(make, branches):
     assert (expected[:3] - expected[-3:]).abs().max() > (1e-3 if branches == 2 else -1)  # the prompt matters
 
 
+def test_null_is_no_for_a_switch():
+    """As some published models' files have it."""
+    unet = v1_unet(upcast_attention=None, use_linear_projection=None)
+    x, timestep, text = torch.randn(1, 4, 16, 16), torch.tensor([20.0]), torch.randn(1, 77, 24)
+    with torch.no_grad():
+        expected = copy.deepcopy(unet)(x, timestep, text).sample
+        torch.testing.assert_close(BranchedUNet(unet)(x, timestep, text), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_equal_diffusers():
     unet = v1_unet()
     reference, branched = copy.deepcopy(unet), BranchedUNet(unet)

@@ -109,14 +109,15 @@ class Joined(nn.Module):
 def check_plain(unet: UNet2DConditionModel) -> None:
     """Raise `ModelError` for a UNet with parts that Stable Diffusion 1.x does not have."""
     for name, parameter in inspect.signature(type(unet).__init__).parameters.items():
+        if name in ("self", *SIZES):
+            continue
+        value = unet.config[name]
         if name in ("down_block_types", "up_block_types"):
-            plain = all(kind in BLOCK_TYPES for kind in unet.config[name])
-        else:
-            plain = name in ("self", *SIZES) or unet.config[name] == parameter.default
+            plain = all(kind in BLOCK_TYPES for kind in value)
+        else:  # some models' files say null where the default is false
+            plain = value == parameter.default or (value is None and parameter.default is False)
         if not plain:
-            raise ModelError(
-                f"the UNet has {name} {unet.config[name]!r}, which no Stable Diffusion 1.x has; choose another model"
-            )
+            raise ModelError(f"the UNet has {name} {value!r}, which no Stable Diffusion 1.x has; choose another model")
 
 
 def _pairs(block: nn.Module) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
