@@ -31,8 +31,8 @@ from pathlib import Path
 import click
 
 from benchmarks.learning_lines import PARTS, SETTINGS, TRAINED, Line, jobs
-from benchmarks.results import Benchmark, Results, choose
-from benchmarks.solvers import make_folder, parse_device
+from benchmarks.results import Benchmark, Results, choose, open_results
+from benchmarks.solvers import parse_device
 from torch_utils.errors import UserError, user_errors
 
 BENCHMARK = Benchmark(
@@ -99,16 +99,12 @@ def main(
 ) -> None:
     todo = jobs(choose("--parts", parts, PARTS), choose("--settings", settings, list(SETTINGS)))
     chosen = line_filter(todo, lines, starts)
-    from torch_utils.checkpoint import lock_folder
 
     device = parse_device(device)
     if precision == "auto":
         precision = "float16" if device == "cuda" else "float32"
     with contextlib.ExitStack() as locks:
-        make_folder(outdir)
-        if not lock_folder(outdir, locks):
-            raise UserError(f"another process writes to {outdir}; choose another --outdir")
-        results = Results(outdir, BENCHMARK)
+        results = open_results(outdir, BENCHMARK, locks)
         merge(results, others)
         try:
             if todo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import hashlib
 import json
@@ -201,3 +202,16 @@ class Results:
         parts = ",\n".join(f"{json.dumps(name)}: {_part_text(self.parts[name])}" for name in sorted(self.parts))
         atomic_write_text(self.path, f'{{"format": {FORMAT}, "parts": {{\n{parts}\n}}}}\n')
         self._saved = time.monotonic()
+
+
+def open_results(outdir: Path, benchmark: Benchmark, locks: contextlib.ExitStack) -> Results:
+    """The results in `outdir`, which is made where it is missing and ours until `locks` closes. Raises UserError."""
+    from torch_utils.checkpoint import lock_folder  # needs torch, which --help does not
+
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --outdir {outdir}: {error.strerror}") from error
+    if not lock_folder(outdir, locks):
+        raise UserError(f"another process writes to {outdir}; choose another --outdir")
+    return Results(outdir, benchmark)

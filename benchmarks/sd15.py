@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.results import Benchmark, Results, choose
+from benchmarks.results import Benchmark, Results, choose, open_results
 from torch_utils.errors import UserError, user_errors
 
 BENCHMARK = Benchmark(
@@ -70,19 +70,16 @@ def main(
     check: bool,
 ) -> None:
     names = choose("--parts", parts, PARTS)
-    from benchmarks.solvers import make_folder, parse_device
+    from benchmarks.solvers import parse_device
     from torch_utils import distributed
-    from torch_utils.checkpoint import atomic_write_text, lock_folder
+    from torch_utils.checkpoint import atomic_write_text
 
     device = parse_device(device)
     distributed.init(device)
     if distributed.world_size() > 1 and names != ["ranks"]:
         raise UserError(f"--parts {parts}: of these, several processes measure ranks only")
     with contextlib.ExitStack() as locks:
-        make_folder(outdir)
-        if distributed.is_main() and not lock_folder(outdir, locks):
-            raise UserError(f"another process writes to {outdir}; choose another --outdir")
-        results = Results(outdir, BENCHMARK)
+        results = open_results(outdir, BENCHMARK, locks) if distributed.is_main() else Results(outdir, BENCHMARK)
         settings = {"precision": precision, "compile": compile_mode, "tiny": tiny, "repeats": repeats}
         if names:
             measure(results, names, settings, device, models, overwrite)

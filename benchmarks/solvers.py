@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks.results import Benchmark, Results, choose, code_hash
+from benchmarks.results import Benchmark, Results, choose, code_hash, open_results
 from torch_utils.errors import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -92,15 +92,11 @@ def main(
     names = choose("--parts", parts, PARTS)
     numbers, sizes = parse_numbers("--nfe", nfes), parse_numbers("--batches", batches)
     from benchmarks.variants import select_variants
-    from torch_utils.checkpoint import lock_folder
 
     variants = select_variants([name.strip() for name in solvers.split(",") if name.strip()])
     device = parse_device(device)
     with contextlib.ExitStack() as locks:
-        make_folder(outdir)
-        if not lock_folder(outdir, locks):
-            raise UserError(f"another process writes to {outdir}; choose another --outdir")
-        results = Results(outdir, BENCHMARK)
+        results = open_results(outdir, BENCHMARK, locks)
         try:
             if "closed-form" in names or "embedded" in names:
                 measure_errors(names, results, overwrite, variants, numbers, device, images, reference_steps)
@@ -109,13 +105,6 @@ def main(
         finally:
             results.save()
         report(results, outdir, check)
-
-
-def make_folder(outdir: Path) -> None:
-    try:
-        outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make --outdir {outdir}: {error.strerror}") from error
 
 
 def measure_errors(
