@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from launchers import NEEDS_TWO_GPUS, free_port
 
 from torch_utils import distributed
 from torch_utils.distributed import DistributedError
@@ -70,12 +70,6 @@ json.dump(seen, open(f"{sys.argv[1]}/rank{r}.json", "w"))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def clean_environment(**variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
@@ -85,9 +79,6 @@ def torchrun(program: Path, ranks: int, *arguments: str) -> subprocess.Completed
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     command += [f"--master_port={free_port()}", str(program), *arguments]
     return subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
-
-
-NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=NEEDS_TWO_GPUS)])

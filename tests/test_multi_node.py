@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from launchers import free_port
 from toy_training import run_toy, write_files
 
 import sample
@@ -48,12 +48,6 @@ SECONDS = 120  # a launcher takes some ten, where the cores are free
 def from_the_project(monkeypatch):
     """The configuration names its prompts relative to it."""
     monkeypatch.chdir(ROOT)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def environment(**variables: object) -> dict[str, str]:

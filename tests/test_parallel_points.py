@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from launchers import NEEDS_TWO_GPUS
 
 from training.images import load_image
 from training.manifest import image_name
@@ -18,7 +18,6 @@ from training.ppo.cold_start import cold_start_table
 from training.table import save_table
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PROMPTS = ROOT / "src/prompts/emoji_test.txt"
 # Counts the rows that reach the network of this rank, and says so at the end.
 COUNTING = """
