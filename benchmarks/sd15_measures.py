@@ -93,10 +93,13 @@ def settled(net: StableDiffusion, work: Callable[[], object]) -> float:
 
 def flop_per_row(net: StableDiffusion) -> float:
     """Operations of one row through diffusers' UNet: what the work is counted by, whatever is saved of it."""
-    config = net.unet.config
-    x = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, dtype=net.dtype, device=net.device)
-    with FlopCounterMode(display=False) as counter:
-        net.unet(x, torch.ones(1, device=net.device), net.empty_text)
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(net.unet.config)
+        x = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution)
+        with FlopCounterMode(display=False) as counter:
+            unet(x, torch.ones(1), net.empty_text.to("meta", torch.float32))
     return float(counter.get_total_flops())
 
 

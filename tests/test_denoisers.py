@@ -129,7 +129,7 @@ def test_half_precision_over_a_whole_trajectory(guidance, limit, levels):
     for precision in ("float32", "float16"):
         net = create_model("emoji", guidance_rate=guidance, precision=precision)
         sigmas = table_schedule(table, net)
-        x, cond = initial_latents(net, PROMPTS[:1], [1], sigmas)
+        x, cond = initial_latents(net, PROMPTS[:1] * 4, [0, 1, 2, 3], sigmas)
         ends.append(epd_sampler(net, x, sigmas, cond, table=table, callback=lambda i, x, sigma: kinds.add(x.dtype)))
         pictures.append(net.decode(ends[-1]))
     assert kinds == {torch.float32}

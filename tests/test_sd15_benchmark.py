@@ -95,7 +95,7 @@ def test_work_is_counted_by_diffusers_forward(measured):
     folder, _ = measured
     net = random_backbone(folder / "models", torch.device("cpu"), "float32", "off", tiny=True)
     conv = net.unet.conv_in
-    size = net.unet.config.sample_size
+    size = net.img_resolution
     with FlopCounterMode(display=False) as counter:
         conv(torch.zeros(1, 4, size, size))
     expected = 2 * size**2 * 9 * conv.in_channels * conv.out_channels

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from training.denoisers import BACKBONES, EMBEDDED, ModelError, check_model, create_model
 from training.denoisers.single_file import clip_tokenizer, load_single_file
+from training.denoisers.stable_diffusion import load_folder
 
 PROMPTS = ["a 3d emoji of bat on a red background", ""]
 SIGMA = torch.tensor(2.5, dtype=torch.float64)
@@ -29,8 +30,8 @@ def net():
 
 
 @pytest.fixture(scope="module")
-def state(net):
-    parts = compvis_state(net.unet, net.vae, net.text_encoder)
+def state():
+    parts = compvis_state(*load_folder(EMBEDDED, torch.float32))
     return {name: tensor.contiguous().clone() for name, tensor in parts.items()}
 
 
@@ -71,12 +72,12 @@ def test_an_old_checkpoint_with_more_in_it(net, state, tmp_path):
 
 def test_half_precision_leaves_the_decoder_alone(file):
     single = create_model("emoji", model_path=file, precision="bfloat16")
-    assert (single.unet.dtype, single.text_encoder.dtype, single.vae.dtype) == (
-        torch.bfloat16,
-        torch.bfloat16,
-        torch.float32,
-    )
-    assert not any(parameter.requires_grad for parameter in single.unet.parameters())
+    for network, dtype in (
+        (single.unet, torch.bfloat16),
+        (single.text_encoder, torch.bfloat16),
+        (single.vae, torch.float32),
+    ):
+        assert all((part.dtype, part.requires_grad) == (dtype, False) for part in network.parameters())
 
 
 def tiny_configs(folder: Path) -> Path:

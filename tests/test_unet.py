@@ -72,15 +72,17 @@ def test_gradients_equal_diffusers():
 
 
 def test_no_weight_is_held_twice():
+    """What was joined or multiplied out replaces what it was made of."""
     unet = v1_unet()
-    before = {parameter.numel() for parameter in unet.parameters()}, sum(p.numel() for p in unet.parameters())
+    config, before = unet.config, sum(parameter.numel() for parameter in unet.parameters())
     branched = BranchedUNet(unet)
-    places = {
-        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
-        for parameter in branched.parameters()
-    }
-    joined_biases = branched.of_time.bias.numel()  # the only ones that are copied
-    assert sum(places.values()) == 4 * (before[1] + joined_biases)
+    first, *deeper = config.block_out_channels
+    # Kernels of 4 x 4 for 3 x 3 in the upsamplings, and one bias for two at the end of each of the transformers: two on
+    # the way down and three on the way up, of all levels but the last, and one in the middle.
+    grown = sum((16 - 9) * channels**2 for channels in deeper) - 5 * (first + sum(deeper[:-1])) - deeper[-1]
+    assert sum(parameter.numel() for parameter in branched.parameters()) == before + grown
+    places = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in branched.parameters()}
+    assert sum(places.values()) == 4 * (before + grown)
 
 
 @pytest.mark.parametrize(

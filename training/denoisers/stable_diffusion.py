@@ -100,9 +100,9 @@ class StableDiffusion(Denoiser):
         self.decoder = Replayed(self._decode, "decoder", compile_mode, device)
         folder = source if source.is_dir() else configs
         networks = load_folder(source, self.dtype) if source.is_dir() else load_single_file(source, configs, self.dtype)
-        self.unet, vae, self.text_encoder = (network.to(device).eval().requires_grad_(False) for network in networks)
+        unet, vae, self.text_encoder = (network.to(device).eval().requires_grad_(False) for network in networks)
+        self.unet = BranchedUNet(unet)
         self.vae = vae.to(memory_format=torch.channels_last)
-        self.branched = BranchedUNet(self.unet)
         self.tokenizer = load_tokenizer(folder, self.text_encoder.config.max_position_embeddings)
         scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
         self.table = NoiseTable(scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"])
@@ -140,7 +140,7 @@ class StableDiffusion(Denoiser):
         scale = (sigma**2 + 1).rsqrt().to(x.dtype).reshape(-1, 1, 1, 1)
         timestep = (len(self.table.times) * self.sigma_inv(sigma) - 1).to(torch.float32)
         rows = (x * scale).to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return self.branched(rows, timestep, text).to(x.dtype)
+        return self.unet(rows, timestep, text).to(x.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.table.sigma(t)

@@ -16,7 +16,6 @@ from training.denoisers.base import ModelError
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
@@ -30,27 +29,32 @@ BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpB
 
 
 class BranchedUNet(nn.Module):
-    """The weights and the result of diffusers' `UNet2DConditionModel`, in an order that leaves less to do.
+    """The function of diffusers' `UNet2DConditionModel`, in an order that leaves less to do.
 
     What comes before the first cross-attention does not depend on the prompt, so the branches of guidance share it.
     What all layers take from the noise level is one matrix product, what they take from the prompt another, and so are
-    queries, keys and values of a self-attention. Pictures are channels-last throughout: tokens are a view of them.
+    queries, keys and values of a self-attention; products that follow each other with nothing between are multiplied
+    out beforehand. Pictures are channels-last throughout: tokens are a view of them.
     """
 
     def __init__(self, unet: UNet2DConditionModel):
-        """Raises `ModelError` for a UNet of another family. Its projections become views of the joined ones."""
+        """Takes the weights out of `unet`. Raises `ModelError` for a UNet of another family."""
         super().__init__()
         check_plain(unet)
-        self.unet = unet.to(memory_format=torch.channels_last)
-        self.down, self.up = ([_pairs(block) for block in blocks] for blocks in (unet.down_blocks, unet.up_blocks))
-        self.middle = _pairs(unet.mid_block)
-        pairs = [pair for block in (*self.down, self.middle, *self.up) for pair in block]
-        blocks = [block for _, transformer in pairs if transformer for block in transformer.transformer_blocks]
-        self.of_time = Joined([resnet.time_emb_proj for resnet, _ in pairs])
-        self.of_text = Joined([part for block in blocks for part in (block.attn2.to_k, block.attn2.to_v)])
-        self.of_tokens = nn.ModuleList(
-            Joined([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]) for block in blocks
-        )
+        unet.to(memory_format=torch.channels_last)
+        self.config = unet.config
+        self.time_proj, self.time_embedding = unet.time_proj, unet.time_embedding
+        self.conv_in, self.norm_out, self.conv_out = unet.conv_in, unet.conv_norm_out, unet.conv_out
+        self.down, self.up = (nn.ModuleList(map(Level, blocks)) for blocks in (unet.down_blocks, unet.up_blocks))
+        self.middle = Level(unet.mid_block)
+        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+        self.of_time = Joined([resnet.time_emb_proj for block in blocks for resnet in block.resnets])
+        attentions = [
+            part.transformer_blocks[0].attn2
+            for block in blocks
+            for part in dict(block.named_children()).get("attentions", ())
+        ]
+        self.of_text = Joined([layer for attention in attentions for layer in (attention.to_k, attention.to_v)])
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """Noise prediction `[R, C, H, W]` for the R rows of `text [R, length, width]`.
@@ -58,52 +62,136 @@ class BranchedUNet(nn.Module):
         `x [B, C, H, W]` and `timestep [B]` (float32, index into the noise table) have B = R rows, or B = R / 2: then
         row b stands for the rows b and B + b of the text.
         """
-        unet = self.unet
-        time = unet.time_embedding(unet.time_proj(timestep).to(x.dtype))
+        time = self.time_embedding(self.time_proj(timestep).to(x.dtype))
         times = iter(self.of_time(F.silu(time)))
         texts = _in_pairs(self.of_text(text))
-        joined = iter(self.of_tokens)
-
-        def layer(resnet: ResnetBlock2D, transformer: Transformer2DModel | None, h: Tensor) -> Tensor:
-            h = _resnet(resnet, h, next(times))
-            return h if transformer is None else _transformer(transformer, h, joined, texts)
-
-        h = unet.conv_in(x)
+        h = self.conv_in(x)
         skips = [h]
-        for block, pairs in zip(unet.down_blocks, self.down, strict=True):
-            for pair in pairs:
-                h = layer(*pair, h)
+        for level in self.down:
+            for layer in level.layers:
+                h = layer(h, times, texts)
                 skips.append(h)
-            for downsampler in block.downsamplers or ():
-                h = downsampler.conv(h)
+            if level.resize is not None:
+                h = level.resize(h)
                 skips.append(h)
-        for pair in self.middle:
-            h = layer(*pair, h)
-        for block, pairs in zip(unet.up_blocks, self.up, strict=True):
-            for pair in pairs:
-                h = layer(*pair, _beside(h, skips.pop()))
-            for upsampler in block.upsamplers or ():
-                h = upsampler.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return unet.conv_out(F.silu(unet.conv_norm_out(h)))
+        for layer in self.middle.layers:
+            h = layer(h, times, texts)
+        for level in self.up:
+            for layer in level.layers:
+                h = layer(_beside(h, skips.pop()), times, texts)
+            if level.resize is not None:
+                h = level.resize(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Level(nn.Module):
+    """The layers of a block and what halves or doubles the resolution after them, if anything does."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        parts = dict(block.named_children())
+        # The middle block ends with a lone ResNet, others may have no transformers.
+        self.layers = nn.ModuleList(Layer(*pair) for pair in zip_longest(parts["resnets"], parts.get("attentions", ())))
+        self.resize = None
+        for downsampler in parts.get("downsamplers", ()):
+            self.resize = downsampler.conv
+        for upsampler in parts.get("upsamplers", ()):
+            self.resize = Enlarged(upsampler.conv)
+
+
+class Layer(nn.Module):
+    """A ResNet and the transformer after it, if there is one."""
+
+    def __init__(self, resnet: ResnetBlock2D, transformer: Transformer2DModel | None):
+        super().__init__()
+        self.resnet = ResNet(resnet)
+        self.transformer = None if transformer is None else Transformer(transformer)
+
+    def forward(self, h: Tensor, times: Iterator[Tensor], texts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Takes the next of `times`, and with a transformer the next of `texts`."""
+        h = self.resnet(h, next(times))
+        return h if self.transformer is None else self.transformer(h, *next(texts))
+
+
+class ResNet(nn.Module):
+    def __init__(self, resnet: ResnetBlock2D):
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.conv2 = resnet.norm1, resnet.conv1, resnet.norm2, resnet.conv2
+        self.shortcut = None if resnet.conv_shortcut is None else _pointwise(resnet.conv_shortcut)
+
+    def forward(self, h: Tensor, time: Tensor) -> Tensor:
+        """`h [R, C, H, W]` and `time [R, C']` or `[R / 2, C']` => `[R, C', H, W]`."""
+        out = self.conv1(F.silu(self.norm1(h))) + _as_many(time, len(h))[:, :, None, None]
+        out = self.conv2(F.silu(self.norm2(out)))
+        return out + (h if self.shortcut is None else _picture(self.shortcut(_tokens(h)), h))
+
+
+class Transformer(nn.Module):
+    """Self-attention, attention to the prompt and a gated feed-forward network."""
+
+    def __init__(self, transformer: Transformer2DModel):
+        super().__init__()
+        (block,) = transformer.transformer_blocks
+        self.heads = block.attn1.heads
+        self.norm, self.proj_in = transformer.norm, _pointwise(transformer.proj_in)
+        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
+        self.of_tokens = Joined([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
+        self.out1, self.query2, self.out2 = block.attn1.to_out[0], block.attn2.to_q, block.attn2.to_out[0]
+        self.gated = block.ff.net[0].proj
+        # proj_out(tokens + feed_forward(gated)), multiplied out: one product of tokens and gated beside each other.
+        last, inner = _pointwise(transformer.proj_out), block.ff.net[2]
+        weight = last.weight.double()
+        self.end = _linear(
+            torch.cat([weight, weight @ inner.weight.double()], dim=1).to(last.weight),
+            (weight @ inner.bias.double() + last.bias.double()).to(last.bias),
+        )
+
+    def forward(self, h: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`h [B, C, H, W]` or `[R, C, H, W]` => `[R, C, H, W]`; `k` and `v [R, length, C]` of the prompts."""
+        tokens = self.proj_in(_tokens(self.norm(h)))
+        tokens = tokens + self.out1(_attend(*self.of_tokens(self.norm1(tokens)), self.heads))
+        tokens = _as_many(tokens, len(k))
+        tokens = tokens + self.out2(_attend(self.query2(self.norm2(tokens)), k, v, self.heads))
+        value, gate = self.gated(self.norm3(tokens)).chunk(2, dim=-1)
+        out = self.end(torch.cat([tokens, value * F.gelu(gate)], dim=-1))
+        return _as_many(h, len(k)) + _picture(out, h)
 
 
 class Joined(nn.Module):
     """Linear layers of the same input as one: returns a list of what each would."""
 
     def __init__(self, layers: Sequence[nn.Linear]):
-        """The layers' weights become views of the joined ones, so that no number is held twice."""
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
-        self.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-        self.bias = None
-        for layer, part in zip(layers, self.weight.detach().split(self.sizes), strict=True):
-            layer.weight = nn.Parameter(part, requires_grad=False)
-        if layers[0].bias is not None:
-            self.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+        biases = [layer.bias for layer in layers]
+        weight = torch.cat([layer.weight for layer in layers])
+        self.layer = _linear(weight, None if biases[0] is None else torch.cat(biases))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """`[..., in]` => for every layer `[..., its out]`."""
-        return list(F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1))
+        return list(self.layer(x).split(self.sizes, dim=-1))
+
+
+class Enlarged(nn.Module):
+    """Nearest-neighbour upsampling by 2 and the 3 x 3 convolution after it, in one.
+
+    An output pixel sees a 3 x 3 window of doubled pixels, so 2 x 2 different ones. Weights of the same pixel are added
+    up beforehand, which makes a transposed convolution of 4 of the 9 products.
+    """
+
+    # Row y of the 4 x 4 kernel is a sum of these rows of the 3 x 3 one.
+    SUMS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        sums = torch.tensor(self.SUMS, dtype=torch.float32, device=conv.weight.device)
+        kernel = torch.einsum("yi,xj,ocij->coyx", sums, sums, conv.weight.float()).to(conv.weight.dtype)
+        self.weight = nn.Parameter(kernel.contiguous(memory_format=torch.channels_last), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`[R, C, H, W]` => `[R, C', 2 H, 2 W]`."""
+        return F.conv_transpose2d(h, self.weight, self.bias, stride=2, padding=1)
 
 
 def check_plain(unet: UNet2DConditionModel) -> None:
@@ -120,10 +208,16 @@ def check_plain(unet: UNet2DConditionModel) -> None:
             raise ModelError(f"the UNet has {name} {value!r}, which no Stable Diffusion 1.x has; choose another model")
 
 
-def _pairs(block: nn.Module) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
-    """The layers of a block in order; the middle block ends with a lone ResNet, others may have no transformers."""
-    parts = dict(block.named_children())
-    return list(zip_longest(parts["resnets"], parts.get("attentions", ())))
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def _pointwise(conv: nn.Conv2d) -> nn.Linear:
+    """A 1 x 1 convolution as a product with tokens."""
+    return _linear(conv.weight.flatten(1), conv.bias)
 
 
 def _in_pairs(parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -132,7 +226,7 @@ def _in_pairs(parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _as_many(h: Tensor, rows: int) -> Tensor:
     """`h [B, ...]` for `rows` rows, B or twice as many: the second half is the first again."""
-    return h if len(h) == rows else h.repeat(rows // len(h), *[1] * (h.ndim - 1))
+    return h if len(h) == rows else torch.cat([h] * (rows // len(h)))  # which keeps channels last, as `repeat` does not
 
 
 def _beside(h: Tensor, skip: Tensor) -> Tensor:
@@ -153,31 +247,6 @@ def _(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def _resnet(resnet: ResnetBlock2D, h: Tensor, time: Tensor) -> Tensor:
-    out = resnet.conv1(F.silu(resnet.norm1(h))) + _as_many(time, len(h))[:, :, None, None]
-    out = resnet.conv2(F.silu(resnet.norm2(out)))
-    return out + (h if resnet.conv_shortcut is None else _pointwise(resnet.conv_shortcut, _tokens(h), h))
-
-
-def _transformer(
-    transformer: Transformer2DModel, h: Tensor, joined: Iterator[Joined], texts: Iterator[tuple[Tensor, Tensor]]
-) -> Tensor:
-    tokens = _tokens(transformer.norm(h))
-    tokens = F.linear(tokens, transformer.proj_in.weight.flatten(1), transformer.proj_in.bias)
-    for block in transformer.transformer_blocks:
-        tokens = _block(block, tokens, next(joined), *next(texts))
-    return _as_many(h, len(tokens)) + _pointwise(transformer.proj_out, tokens, h)
-
-
-def _block(block: BasicTransformerBlock, tokens: Tensor, joined: Joined, k: Tensor, v: Tensor) -> Tensor:
-    """Tokens `[B, T, C]` or `[R, T, C]` => `[R, T, C]`; `k` and `v [R, length, C]` of the prompts."""
-    heads = block.attn1.heads
-    tokens = tokens + block.attn1.to_out[0](_attend(*joined(block.norm1(tokens)), heads))
-    tokens = _as_many(tokens, len(k))
-    tokens = tokens + block.attn2.to_out[0](_attend(block.attn2.to_q(block.norm2(tokens)), k, v, heads))
-    return tokens + block.ff(block.norm3(tokens))
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -188,7 +257,6 @@ def _tokens(h: Tensor) -> Tensor:
     return h.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _pointwise(conv: nn.Conv2d, tokens: Tensor, like: Tensor) -> Tensor:
-    """A 1 x 1 convolution of `tokens [R, H W, C]` as a matrix product => `[R, C', H, W]` with the size of `like`."""
-    out = F.linear(tokens, conv.weight.flatten(1), conv.bias)
-    return out.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+def _picture(tokens: Tensor, like: Tensor) -> Tensor:
+    """`[R, H W, C]` => `[R, C, H, W]`, a view, with the size of `like`."""
+    return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
