@@ -138,23 +138,21 @@ class Transformer(nn.Module):
         self.of_tokens = Joined([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
         self.out1, self.query2, self.out2 = block.attn1.to_out[0], block.attn2.to_q, block.attn2.to_out[0]
         self.gated = block.ff.net[0].proj
-        # proj_out(tokens + feed_forward(gated)), multiplied out: one product of tokens and gated beside each other.
+        # proj_out(tokens + feed_forward), multiplied out, for nothing lies between the two.
         last, inner = _pointwise(transformer.proj_out), block.ff.net[2]
         weight = last.weight.double()
-        self.end = _linear(
-            torch.cat([weight, weight @ inner.weight.double()], dim=1).to(last.weight),
-            (weight @ inner.bias.double() + last.bias.double()).to(last.bias),
-        )
+        self.of_gated = _linear((weight @ inner.weight.double()).to(last.weight), None)
+        self.of_rest = _linear(last.weight, (weight @ inner.bias.double() + last.bias.double()).to(last.bias))
 
     def forward(self, h: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`h [B, C, H, W]` or `[R, C, H, W]` => `[R, C, H, W]`; `k` and `v [R, length, C]` of the prompts."""
+        start = _as_many(_tokens(h), len(k))
         tokens = self.proj_in(_tokens(self.norm(h)))
         tokens = tokens + self.out1(_attend(*self.of_tokens(self.norm1(tokens)), self.heads))
         tokens = _as_many(tokens, len(k))
         tokens = tokens + self.out2(_attend(self.query2(self.norm2(tokens)), k, v, self.heads))
         value, gate = self.gated(self.norm3(tokens)).chunk(2, dim=-1)
-        out = self.end(torch.cat([tokens, value * F.gelu(gate)], dim=-1))
-        return _as_many(h, len(k)) + _picture(out, h)
+        return _picture(start + self.of_rest(tokens) + self.of_gated(value * F.gelu(gate)), h)
 
 
 class Joined(nn.Module):
@@ -225,14 +223,14 @@ def _in_pairs(parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _as_many(h: Tensor, rows: int) -> Tensor:
-    """`h [B, ...]` for `rows` rows, B or twice as many: the second half is the first again."""
-    return h if len(h) == rows else torch.cat([h] * (rows // len(h)))  # which keeps channels last, as `repeat` does not
+    """`h [B, ..., C]` for `rows` rows, B or twice as many: the second half is the first again."""
+    return h if len(h) == rows else torch.cat([h] * (rows // len(h)))
 
 
 def _beside(h: Tensor, skip: Tensor) -> Tensor:
     """`[R, C1 + C2, H, W]`, channels last in memory."""
     join = _concatenated if torch.compiler.is_compiling() else partial(torch.cat, dim=-1)
-    return join([part.permute(0, 2, 3, 1) for part in (h, _as_many(skip, len(h)))]).permute(0, 3, 1, 2)
+    return join([_as_many(part.permute(0, 2, 3, 1), len(h)) for part in (h, skip)]).permute(0, 3, 1, 2)
 
 
 # An operation of its own, which the compiler does not look into: it would not write the whole down, and the kernels
