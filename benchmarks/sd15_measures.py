@@ -250,11 +250,10 @@ def measure_gradients(part: Part, net: StableDiffusion, reward: Reward, micro_ba
                 few = type(arrays)(*(array[rows] for array in arrays))
                 scorer.gradients(few, prompts(STEP_IMAGES)[rows], list(part))
 
-        seconds(work, net.device)  # libraries choose their ways at the first call
-        times = []
-        peak = peak_gib(lambda: times.append(seconds(work, net.device)), net.device)  # noqa: B023
+        peak = peak_gib(work, net.device)  # the first call, in which libraries choose their ways
+        took = seconds(work, net.device)
         label = f"gradients of {STEP_IMAGES} images, {micro_batch} at a time"
-        _add(part, label, times[0], "s", None, f"{peak:.1f} GiB")
+        _add(part, label, took, "s", None, f"{peak:.1f} GiB")
 
 
 def _median_ms(times: list[float]) -> float:

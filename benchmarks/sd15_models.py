@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from torch_utils import distributed
 from training.denoisers import BACKBONES
 from training.denoisers.stable_diffusion import StableDiffusion
 from training.ppo.reward_base import Reward
@@ -36,49 +37,53 @@ def random_backbone(
     """Guided by 7.5. Written to `folder` at the first call and loaded from there, as real weights are."""
     configs = folder / ("configs-tiny" if tiny else "configs")
     networks = folder / ("tiny" if tiny else "sd15")
-    if not networks.exists():
-        _write_configs(configs, tiny)
-        unfinished = networks.with_suffix(".part")
-        _write_networks(configs, unfinished, device)
-        unfinished.rename(networks)
+    distributed.on_main(lambda: _write_networks(configs, networks, device, tiny))
     return StableDiffusion(networks, configs, "ms_coco", 7.5, device, precision, compile_mode)
 
 
-def _write_configs(configs: Path, tiny: bool) -> None:
+def _write_networks(configs: Path, folder: Path, device: torch.device, tiny: bool) -> None:
+    """Unless they are there."""
+    if folder.exists():
+        return
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     shutil.copytree(CONFIGS, configs, dirs_exist_ok=True)
     for part, changes in TINY.items() if tiny else ():
         path = configs / part / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-
-
-def _write_networks(configs: Path, folder: Path, device: torch.device) -> None:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae"))
         text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
+    unfinished = folder.with_suffix(".part")
     for name, network in (("unet", unet.half()), ("vae", vae), ("text_encoder", text_encoder)):
-        network.save_pretrained(folder / name)
-    shutil.copytree(configs / "scheduler", folder / "scheduler")
+        network.save_pretrained(unfinished / name)
+    shutil.copytree(configs / "scheduler", unfinished / "scheduler")
+    unfinished.rename(folder)
 
 
 def random_reward(folder: Path, device: torch.device, tiny: bool) -> Reward:
     """HPSv2.1, or with `tiny` the embedded model's reward (its real weights), in float32."""
     if tiny:
         return RewardEmoji("emoji_reward", device=device)
+    path = folder / "random_hps.pt"
+    distributed.on_main(lambda: _write_hps(path, device))
+    return RewardHPS(path, device=device)
+
+
+def _write_hps(path: Path, device: torch.device) -> None:
+    """Unless it is there."""
+    if path.exists():
+        return
     from HPSv2.model import build_model
 
-    path = folder / "random_hps.pt"
-    if not path.exists():
-        torch.manual_seed(0)
-        model = build_model(device=device)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02)
-        unfinished = path.with_suffix(".part")
-        torch.save({"state_dict": model.half().state_dict()}, unfinished)
-        unfinished.rename(path)
-    return RewardHPS(path, device=device)
+    torch.manual_seed(0)
+    model = build_model(device=device)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+    unfinished = path.with_suffix(".part")
+    torch.save({"state_dict": model.half().state_dict()}, unfinished)
+    unfinished.rename(path)

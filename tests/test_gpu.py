@@ -104,11 +104,11 @@ def test_what_comes_back_is_compiled_and_replayed(compiled):
     latents = first[0] / 5
     assert torch.equal(compiled.slope(*first), plain.slope(*first))  # the first batch does not wait
     assert torch.equal(compiled.decode(latents), plain.decode(latents))
-    assert not compiled.epsilon.graphs
+    assert not compiled.guided.graphs
     compiled.batch_done()
     slopes = [compiled.slope(*start) for start in (first, second)]
     pictures = [compiled.decode(part) for part in (latents, -latents)]
-    assert len(compiled.epsilon.graphs) == len(compiled.decoder.graphs) == 1
+    assert len(compiled.guided.graphs) == len(compiled.decoder.graphs) == 1
     for slope, start in zip(slopes, (first, second), strict=True):  # the second replay has not touched the first's
         expected = plain.slope(*start)
         assert (slope - expected).norm() / expected.norm() < 0.01
@@ -116,7 +116,7 @@ def test_what_comes_back_is_compiled_and_replayed(compiled):
         assert (picture - plain.decode(part)).abs().mean() * 127.5 < 0.2  # levels
     alone = [part[:1] for part in first]
     assert torch.equal(compiled.slope(*alone), plain.slope(*alone))  # another number of rows runs as it is
-    assert len(compiled.epsilon.graphs) == 1
+    assert len(compiled.guided.graphs) == 1
 
 
 def test_gradients_go_past_the_graphs(compiled):

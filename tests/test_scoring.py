@@ -106,10 +106,11 @@ def test_summary_of_one_image_has_no_interval():
 # Joining images and prompts
 
 
-def test_the_manifest_joins(tmp_path):
+def test_the_manifest_joins(tmp_path, capsys):
     write_samples(tmp_path, [4, 0, 2], table_sha256="ab")
-    write_images(tmp_path, ["grid.png"])
+    write_images(tmp_path, ["grid.png", "other.png"])
     images = collect_images(tmp_path)
+    assert capsys.readouterr().err == f"not in {tmp_path / 'manifest.jsonl'}, so not scored: other.png\n"
     assert [(e.file, e.seed, e.prompt) for e in images.entries] == [
         (f"000000/{seed:06d}.png", seed, PROMPTS[seed]) for seed in (0, 2, 4)
     ]

@@ -39,7 +39,7 @@ from training.denoisers import (
     note_resolution,
 )
 from training.images import image_grid, quantize, save_png
-from training.manifest import Manifest, image_name
+from training.manifest import GRID, Manifest, image_name
 from training.table import SolverTable
 
 Sampler = Callable[[Denoiser, Tensor, Tensor, TextCond], Tensor]
@@ -322,7 +322,7 @@ def write_images(
                 _generate(plan, manifest, todo, prompt_of, batch, max_rows, compile_mode, parallel, overwrite)
             if grid and distributed.is_main():
                 pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
-                save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / "grid.png")
+                save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / GRID)
             distributed.barrier()
     except torch.OutOfMemoryError as error:
         advice = "lower --batch"

@@ -17,6 +17,7 @@ from torch_utils.errors import UserError
 from training.images import load_image
 
 MANIFEST = "manifest.jsonl"
+GRID = "grid.png"  # small copies of the first images, none of them itself
 IMAGES_PER_FOLDER = 1000
 
 

@@ -95,6 +95,8 @@ class StableDiffusion(Denoiser):
         self.device = device
         self.dtype = PRECISIONS[precision]
         self.guidance_rate = guidance_rate
+        # The whole slope at once, or the network alone where ranks share out its rows.
+        self.guided = Replayed(self._slope, "network", compile_mode, device)
         self.epsilon = Replayed(self._epsilon, "network", compile_mode, device)
         self.rows_are_shared = False
         self.decoder = Replayed(self._decode, "decoder", compile_mode, device)
@@ -118,19 +120,27 @@ class StableDiffusion(Denoiser):
         self.empty_text = self._embed([""])
 
     def slope(self, x: Tensor, sigma: Tensor, cond: TextCond) -> Tensor:
-        """Guided epsilon e_0 + g (e_c - e_0) (Ho & Salimans, arXiv 2207.12598, Eq. 6 with g = 1 + w)."""
         self.calls += 1
         self.rows += len(x)
         sigma = sigma.to(torch.float64).expand(len(x))
-        guided = self.guidance_rate != 1
-        text = torch.cat([self.empty_text.expand(len(x), -1, -1), cond.text]) if guided else cond.text
-        if self.rows_are_shared:
-            branches = len(text) // len(x)
-            x, sigma = x.repeat(branches, 1, 1, 1), sigma.repeat(branches)
-            epsilon = distributed.share_rows(self.epsilon, x, sigma, text)
-        else:
-            epsilon = self.epsilon(x, sigma, text)
-        if not guided:
+        if not self.rows_are_shared:
+            return self.guided(x, sigma, cond.text)
+        text = self._branches(cond.text)
+        branches = len(text) // len(x)
+        x, sigma = x.repeat(branches, 1, 1, 1), sigma.repeat(branches)
+        return self._guide(distributed.share_rows(self.epsilon, x, sigma, text))
+
+    def _slope(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        """The slope `[B, C, H, W]` at `x [B, C, H, W]`, `sigma [B]` for the prompts `text [B, length, width]`."""
+        return self._guide(self._epsilon(x, sigma, self._branches(text)))
+
+    def _branches(self, text: Tensor) -> Tensor:
+        """The prompts of all rows: with guidance an empty one for each row, then its own."""
+        return text if self.guidance_rate == 1 else torch.cat([self.empty_text.expand(len(text), -1, -1), text])
+
+    def _guide(self, epsilon: Tensor) -> Tensor:
+        """Guided epsilon e_0 + g (e_c - e_0) (Ho & Salimans, arXiv 2207.12598, Eq. 6 with g = 1 + w)."""
+        if self.guidance_rate == 1:
             return epsilon
         unconditional, conditional = epsilon.chunk(2)
         return unconditional + self.guidance_rate * (conditional - unconditional)
@@ -152,7 +162,8 @@ class StableDiffusion(Denoiser):
         return noise * sigma0
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextCond:
-        self._note_truncation(prompts)
+        if distributed.is_main() or not self.rows_are_shared:  # ranks that share rows have the same prompts
+            self._note_truncation(prompts)
         return TextCond(self._embed(list(prompts)))
 
     def _note_truncation(self, prompts: Sequence[str]) -> None:
@@ -184,8 +195,8 @@ class StableDiffusion(Denoiser):
         self.rows_are_shared = True
 
     def batch_done(self) -> None:
-        self.epsilon.batch_done()
-        self.decoder.batch_done()
+        for part in (self.guided, self.epsilon, self.decoder):
+            part.batch_done()
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:

@@ -20,11 +20,11 @@ from torch_utils import distributed
 from torch_utils.checkpoint import atomic_write_text
 from torch_utils.errors import UserError
 from training.images import ImageError, load_image
+from training.manifest import GRID, MANIFEST
 from training.ppo.intervals import summarize
 from training.ppo.reward_base import Reward
 from training.prompts import load_prompts, prompts_for_seeds
 
-MANIFEST = "manifest.jsonl"
 # What the manifest says about the sampling of a folder; a score file repeats it, so that tables can be made from it.
 SAMPLING_FIELDS = (
     *("solver", "options", "num_steps", "schedule_type", "table_sha256"),
@@ -134,7 +134,7 @@ def _join_manifest(
         seeds = _listing([row["seed"] for row in lost])
         raise ScoringError(f"{len(lost)} of the {len(rows)} images in {folder / MANIFEST} are missing: seeds {seeds}")
     rows = sorted((row for row in rows if row["file"] in files), key=lambda row: row["seed"])
-    others = sorted(files.keys() - {row["file"] for row in rows})
+    others = sorted(files.keys() - {row["file"] for row in rows} - {GRID})
     if not rows:
         raise ScoringError(f"none of the {len(files)} images matched in {folder} is listed in its {MANIFEST}")
     if others:
