@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -49,11 +49,7 @@ class BranchedUNet(nn.Module):
         self.middle = Level(unet.mid_block)
         blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
         self.of_time = Joined([resnet.time_emb_proj for block in blocks for resnet in block.resnets])
-        attentions = [
-            part.transformer_blocks[0].attn2
-            for block in blocks
-            for part in dict(block.named_children()).get("attentions", ())
-        ]
+        attentions = [part.transformer_blocks[0].attn2 for block in blocks for part in _children(block, "attentions")]
         self.of_text = Joined([layer for attention in attentions for layer in (attention.to_k, attention.to_v)])
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
@@ -89,13 +85,12 @@ class Level(nn.Module):
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        parts = dict(block.named_children())
         # The middle block ends with a lone ResNet, others may have no transformers.
-        self.layers = nn.ModuleList(Layer(*pair) for pair in zip_longest(parts["resnets"], parts.get("attentions", ())))
+        self.layers = nn.ModuleList(Layer(*pair) for pair in zip_longest(block.resnets, _children(block, "attentions")))
         self.resize = None
-        for downsampler in parts.get("downsamplers", ()):
+        for downsampler in _children(block, "downsamplers"):
             self.resize = downsampler.conv
-        for upsampler in parts.get("upsamplers", ()):
+        for upsampler in _children(block, "upsamplers"):
             self.resize = Enlarged(upsampler.conv)
 
 
@@ -204,6 +199,11 @@ def check_plain(unet: UNet2DConditionModel) -> None:
             plain = value == parameter.default or (value is None and parameter.default is False)
         if not plain:
             raise ModelError(f"the UNet has {name} {value!r}, which no Stable Diffusion 1.x has; choose another model")
+
+
+def _children(block: nn.Module, name: str) -> Iterable[nn.Module]:
+    """The block's modules of that kind; not every kind of block has them."""
+    return dict(block.named_children()).get(name, ())
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
