@@ -204,14 +204,19 @@ class Results:
         self._saved = time.monotonic()
 
 
+def make_folder(option: str, folder: Path) -> None:
+    """Raises UserError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {option} {folder}: {error.strerror}") from error
+
+
 def open_results(outdir: Path, benchmark: Benchmark, locks: contextlib.ExitStack) -> Results:
     """The results in `outdir`, which is made where it is missing and ours until `locks` closes. Raises UserError."""
     from torch_utils.checkpoint import lock_folder  # needs torch, which --help does not
 
-    try:
-        outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make --outdir {outdir}: {error.strerror}") from error
+    make_folder("--outdir", outdir)
     if not lock_folder(outdir, locks):
         raise UserError(f"another process writes to {outdir}; choose another --outdir")
     return Results(outdir, benchmark)

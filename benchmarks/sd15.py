@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.results import Benchmark, Results, choose, open_results
+from benchmarks.results import Benchmark, Results, choose, make_folder, open_results
 from torch_utils.errors import UserError, user_errors
 
 BENCHMARK = Benchmark(
@@ -105,7 +105,7 @@ def measure(results: Results, names: list[str], settings: dict, device: str, mod
     empty = {name: part for name, part in found.items() if not part.rows}
     if not empty:
         return
-    models.mkdir(parents=True, exist_ok=True)
+    make_folder("--models", models)
     kind, tiny, repeats = distributed.device(), settings["tiny"], settings["repeats"]
     net = random_backbone(models, kind, settings["precision"], settings["compile"], tiny)
     # Loaded when it is needed, so that memory is measured without it.

@@ -68,6 +68,14 @@ def test_what_is_measured_is_kept_and_judged(measured):
     path.write_text(before)
 
 
+def test_a_models_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "models").write_text("a file")
+    result = bench(tmp_path, "--parts", "batch1")
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: cannot make --models {tmp_path / 'models'}: File exists\n"
+    assert (tmp_path / "models").read_text() == "a file"
+
+
 def test_two_ranks_stand_beside_one_and_do_the_same(tmp_path):
     """Gloo on the CPU: the last loss and reward of four steps are the same numbers; the ratios are of the times."""
     arguments = ["--tiny", "--device", "cpu", "--precision", "float32", "--repeats", "1", "--parts", "ranks"]
