@@ -25,8 +25,6 @@ SIZES = (
     *("sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),
     *("cross_attention_dim", "attention_head_dim"),
 )
-# As many values in a row as the compiler sums up in one pass that is not along memory.
-PIXELS_SUMMED = 64
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 
 
@@ -250,22 +248,18 @@ def _(parts: list[Tensor]) -> Tensor:
 def _normalized(norm: nn.GroupNorm, h: Tensor) -> Tensor:
     """`norm(h)` for `h [R, C, H, W]`, channels last in memory.
 
-    Of a group there are a few numbers for each pixel, which the kernel that the compiler makes of the whole picks out at
-    a fraction of the memory's speed. So when compiling, all channels of some pixels are summed up first.
+    Of a group there are a few numbers for each pixel, which the kernel that the compiler makes of the whole picks out
+    at a fraction of the memory's speed. So when compiling, every channel is summed up first.
     """
-    rows, channels, height, width = h.shape
-    if not torch.compiler.is_compiling() or height * width % PIXELS_SUMMED or height * width == PIXELS_SUMMED:
+    if not torch.compiler.is_compiling():
         return norm(h)
-    parts = h.permute(0, 2, 3, 1).reshape(rows, -1, PIXELS_SUMMED, channels).float()
-    inside, mean = (
-        part.unflatten(-1, (norm.num_groups, -1)) for part in torch.var_mean(parts, dim=2, correction=0)
-    )  # [R, parts, groups, channels of a group]
-    between, mean = torch.var_mean(mean, dim=(1, 3), correction=0, keepdim=True)  # [R, 1, groups, 1]
-    deviation = (inside.mean(dim=(1, 3), keepdim=True) + between + norm.eps).sqrt()
-    weight, bias = (part.float().unflatten(0, (norm.num_groups, -1)) for part in (norm.weight, norm.bias))
-    scale = weight / deviation
-    shift = bias - mean * scale
-    return (h.float() * scale.view(rows, -1, 1, 1) + shift.view(rows, -1, 1, 1)).to(h.dtype)
+    groups = (norm.num_groups, -1)
+    inside, mean = (part.unflatten(1, groups) for part in torch.var_mean(h.float(), dim=(2, 3), correction=0))
+    between, mean = torch.var_mean(mean, dim=2, correction=0, keepdim=True)  # [R, groups, 1]
+    deviation = (inside.mean(dim=2, keepdim=True) + between + norm.eps).sqrt()
+    scale = norm.weight.float().unflatten(0, groups) / deviation  # [R, groups, channels of a group]
+    shift = norm.bias.float().unflatten(0, groups) - mean * scale
+    return (h.float() * scale.view(len(h), -1, 1, 1) + shift.view(len(h), -1, 1, 1)).to(h.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
