@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torch_utils.checkpoint import CheckpointError, load_tensors
 from torch_utils.errors import UserError
+from training.ppo.reward_base import looks_like
 
 ARCHITECTURE = "ViT-H-14"
 
@@ -38,20 +39,5 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     content = load_tensors(path, "an HPSv2 checkpoint")
     state = content.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is no HPSv2 checkpoint: it lacks the dict 'state_dict' and {_describe(content)}")
+        raise CheckpointError(f"{path} is no HPSv2 checkpoint: it {looks_like(content)}")
     return state
-
-
-def _describe(content: dict) -> str:
-    """Say what a checkpoint that is not HPSv2's looks like, judged by its keys."""
-    keys = [str(key) for key in content]
-    layouts = {
-        "blip.": "looks like ImageReward",
-        "layers.": "looks like the aesthetic predictor's head",
-        "vision_model.": "looks like a transformers CLIP model, such as PickScore",
-        "visual.": "looks like a plain open_clip model, such as the LAION one that HPSv2 was tuned from",
-    }
-    for prefix, description in layouts.items():
-        if any(key.startswith(prefix) for key in keys):
-            return description
-    return f"has the keys {', '.join(sorted(keys)[:4])}" if keys else "is empty"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from training.ppo.reward_models.pixels import normalized
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:
@@ -26,7 +24,4 @@ def preprocess(images: Tensor, size: int) -> Tensor:
         )
     pad_height, pad_width = size - new_height, size - new_width
     left, top = pad_width // 2, pad_height // 2
-    images = F.pad(images, (left, pad_width - left, top, pad_height - top))
-    mean = torch.tensor(MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
-    return (images - mean) / std
+    return normalized(F.pad(images, (left, pad_width - left, top, pad_height - top)))

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from scipy.special import erf
 from tiny_rewards import EMOJI_SIZE, TINY_HPS, register_tiny_hps, write_emoji_folder, write_hps_checkpoint
 
-from HPSv2.preprocess import MEAN, STD, preprocess
+from HPSv2.preprocess import preprocess
 from torch_utils.checkpoint import CheckpointError, sha256_file
 from torch_utils.errors import UserError
 from training.ppo.reward_base import cosine_scores
 from training.ppo.reward_hps import RewardHPS
 from training.ppo.reward_models.emoji import REWARD_FOLDERS, RewardEmoji
+from training.ppo.reward_models.pixels import MEAN, STD
 from training.ppo.reward_multi import check_reward_weights, create_reward
 
 PROMPTS = ["a red apple", "blue star on a teal background", "", "a cat of green"]

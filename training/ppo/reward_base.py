@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from torch_utils.checkpoint import CheckpointError
+from torch_utils.checkpoint import CheckpointError, load_tensors
 
 # Images per forward; what a caller chooses changes speed and memory, never a score.
 DEFAULT_BATCH_SIZE = 32
@@ -93,11 +94,56 @@ def cosine_scores(
     return torch.cat(scores).to(device=images.device, dtype=torch.float32)
 
 
-def load_strict(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def read_weights(path: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of `what`, a `.safetensors` file or a torch file that holds a dict, on the CPU; runs no code from it.
+
+    Raises `CheckpointError`, one line, for a file that is damaged, would run code, or holds anything but named tensors.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+    content = load_tensors(path, what)
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} is not {what}: it {looks_like(content)}")
+    return content
+
+
+# What published checkpoints are recognised by: a pattern of a name, and what it says. The first that fits is taken.
+MARKS = (
+    (r"^cross_model\.", "looks like MPS"),
+    (r"^blip\.", "looks like ImageReward"),
+    (r"^visual_encoder\.", "looks like BLIP, such as ImageReward was tuned from"),
+    (r"^layers\.", "looks like the aesthetic predictor's head"),
+    (r"^vision_model\..*\.layers\.31\.", "looks like a transformers CLIP ViT-H/14, such as PickScore"),
+    (r"^vision_model\.", "looks like a transformers CLIP model, such as OpenAI's"),
+    (r"^visual\.", "looks like a plain open_clip model, such as the LAION one that HPSv2 was tuned from"),
+    (r"^state_dict$", "looks like HPSv2, or a training run's checkpoint"),
+    (r"^down_blocks\.", "looks like a diffusion model's network"),
+)
+
+
+def looks_like(names: Iterable[object]) -> str:
+    """What a checkpoint with these names of tensors is, as the end of a sentence."""
+    names = sorted(str(name) for name in names)
+    for mark, description in MARKS:
+        if any(re.search(mark, name) for name in names):
+            return description
+    return f"has the keys {', '.join(names[:4])}" if names else "is empty"
+
+
+def load_strict(model: nn.Module, state: dict[str, Tensor], path: Path, spare: Sequence[str] = ()) -> None:
     """Load `state` into `model`, converting to the model's dtype: every tensor used, every weight set.
 
+    `spare` are names, or beginnings of names that end with a dot, of tensors that the file may hold and nobody needs.
     Raises `CheckpointError` naming `path` and the first key that is missing, extra, of another shape, or not finite.
     """
+    unneeded = tuple(name for name in spare if name.endswith("."))
+    state = {key: value for key, value in state.items() if key not in spare and not key.startswith(unneeded)}
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
@@ -109,7 +155,9 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         shapes = f"{list(state[key].shape)} instead of {list(own[key].shape)}"
         problems.append(f"{len(reshaped)} of another shape (first: {key} is {shapes})")
     if problems:
-        raise CheckpointError(f"{path} holds the weights of another model; tensors: {', '.join(problems)}")
+        raise CheckpointError(
+            f"{path} holds the weights of another model (it {looks_like(state)}); tensors: {', '.join(problems)}"
+        )
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{path} is damaged: {key} holds NaN or infinite values")

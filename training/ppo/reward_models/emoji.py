@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_utils.checkpoint import CheckpointError, sha256_file
+from torch_utils.checkpoint import sha256_file
 from torch_utils.errors import UserError
-from training.ppo.reward_base import DEFAULT_BATCH_SIZE, check_inputs, cosine_scores, load_strict
+from training.ppo.reward_base import DEFAULT_BATCH_SIZE, check_inputs, cosine_scores, load_strict, read_weights
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[3] / "src" / "embedded"
 REWARD_FOLDERS = {"emoji_reward": EMBEDDED_FOLDER / "reward", "emoji_heldout": EMBEDDED_FOLDER / "heldout"}
@@ -61,7 +61,8 @@ class RewardEmoji:
         self.weights_sha256 = sha256_file(folder / "model.safetensors")
         config = CLIPConfig.from_pretrained(folder, local_files_only=True)
         self.model = CLIPModel(config).float().eval().requires_grad_(False)
-        load_strict(self.model, _read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
+        weights = folder / "model.safetensors"
+        load_strict(self.model, read_weights(weights, "CLIP weights"), weights)
         self.model.to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.context_length = config.text_config.max_position_embeddings
@@ -95,13 +96,3 @@ class RewardEmoji:
         ).to(self.device)
         output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return F.normalize(output.pooler_output, dim=-1)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
