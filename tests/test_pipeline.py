@@ -154,10 +154,10 @@ def test_shipped_configurations_are_valid(name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reward.type=hpsv3", "reward.type=hpsv3 is unknown; use one of hps, emoji_reward, emoji_heldout"),
+        ("reward.type=hpsv3", "reward.type=hpsv3 is unknown; use one of hps, clip,"),
         ("evaluation.metrics=[clap]", "evaluation.metrics=clap is unknown"),
         ("model.dataset_name=flux", "model.dataset_name=flux is unknown; use one of emoji, ms_coco"),
-        ("reward.enable_amp=true", "reward.enable_amp is for hps only"),
+        ("reward.enable_amp=true", "only; emoji_reward is computed in float32"),
     ],
 )
 def test_unknown_names_are_refused_even_under_dry_run(override, message):

@@ -18,6 +18,18 @@ def _shaken(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor
     return {key: value + 0.2 * torch.randn(value.shape, generator=generator) for key, value in state.items()}
 
 
+def write_clip_file(path: Path, sizes, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A CLIP model of the shape `sizes` in transformers' layout, fp16, with the buffers of old files; its tensors."""
+    from safetensors.torch import save_file
+    from transformers import CLIPModel
+
+    torch.manual_seed(seed)
+    state = {key: value.half() for key, value in _shaken(CLIPModel(sizes.config()).state_dict(), seed).items()}
+    positions = {f"{tower}_model.embeddings.position_ids": torch.arange(5)[None] for tower in ("text", "vision")}
+    save_file(state | positions, path, metadata={"format": "pt"})
+    return state
+
+
 def register_tiny_hps(folder: Path) -> None:
     """Make open_clip know the architecture `TINY_HPS`."""
     import open_clip

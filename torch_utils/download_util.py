@@ -144,6 +144,88 @@ ASSETS: dict[str, Asset] = {
             revision="697403c78157020a1ae59d23f111aa58ced35b0a",
             folder_env="HPS_ROOT",
         ),
+        Asset(
+            key="clip_l14",
+            files=(
+                KnownFile(
+                    "model.safetensors",
+                    1_710_540_580,
+                    "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+                ),
+            ),
+            project_dir="weights/clip-vit-large-patch14",
+            cache_name="clip-vit-large-patch14",
+            used_by="the scores clip and aesthetic (OpenAI's CLIP ViT-L/14)",
+            repo="openai/clip-vit-large-patch14",
+            revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
+        ),
+        Asset(
+            key="aesthetic",
+            files=(
+                KnownFile(
+                    "sac+logos+ava1-l14-linearMSE.pth",
+                    3_714_759,
+                    "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+                ),
+            ),
+            project_dir="weights",
+            cache_name="aesthetic",
+            used_by="the score aesthetic",
+            base_url="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main",
+        ),
+        Asset(
+            key="pickscore_v1",
+            files=(
+                KnownFile(
+                    "model.safetensors",
+                    None,
+                    "ef31ef6fc5ff4d9bb90dd232df4e145887ba62c5a03aa2841415f8c25f18d52e",
+                ),
+            ),
+            project_dir="weights/PickScore_v1",
+            cache_name="PickScore_v1",
+            used_by="the score pick (PickScore v1)",
+            repo="yuvalkirstain/PickScore_v1",
+            revision="a4e4367c6dfa7288a00c550414478f865b875800",
+        ),
+        Asset(
+            key="imagereward",
+            files=(
+                KnownFile(
+                    "ImageReward.pt",
+                    None,
+                    "d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
+                ),
+            ),
+            project_dir="weights",
+            cache_name="imagereward",
+            used_by="the score imagereward (ImageReward v1.0)",
+            repo="zai-org/ImageReward",
+            revision="5736be03b2652728fb87788c9797b0570450ab72",
+        ),
+        Asset(
+            key="bert_vocabulary",
+            files=(
+                KnownFile(
+                    "vocab.txt",
+                    231_508,
+                    "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+                ),
+            ),
+            project_dir="weights",
+            cache_name="imagereward",
+            used_by="the text of the score imagereward (BERT's vocabulary)",
+            repo="google-bert/bert-base-uncased",
+            revision="86b5e0934494bd15c9632b12f734a8a67f723594",
+        ),
+        Asset(
+            key="mps",
+            files=(KnownFile("MPS_overall_checkpoint.pth"),),
+            project_dir="weights",
+            cache_name="mps",
+            used_by="the score mps (Multi-dimensional Preference Score)",
+            base_url="https://github.com/Kwai-Kolors/MPS",
+        ),
     )
 }
 

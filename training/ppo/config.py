@@ -171,7 +171,8 @@ CHOICES = {
 # Owned by training.denoisers and training.ppo.reward_multi, which need torch; a test keeps them in step.
 BACKBONE_NAMES = ("emoji", "ms_coco")
 GUIDANCE_TYPES = ("cfg",)
-REWARD_NAMES = ("hps", "emoji_reward", "emoji_heldout")
+PUBLISHED_REWARDS = ("hps", "clip", "aesthetic", "pick")
+REWARD_NAMES = (*PUBLISHED_REWARDS, "emoji_reward", "emoji_heldout")
 # Inclusive lower limits; a null value is not checked.
 AT_LEAST = {
     "run.seed": 0,
@@ -385,8 +386,10 @@ def check_names(config: Config) -> None:
     ):
         if value not in known:
             raise ConfigError(f"{key}={value} is unknown; use one of {', '.join(known)}")
-    if config.reward.enable_amp and config.reward.type != "hps":
-        raise ConfigError(f"reward.enable_amp is for hps only; {config.reward.type} is computed in float32")
+    if config.reward.enable_amp and config.reward.type not in PUBLISHED_REWARDS:
+        raise ConfigError(
+            f"reward.enable_amp is for {', '.join(PUBLISHED_REWARDS)} only; {config.reward.type} is computed in float32"
+        )
 
 
 def check_files(config: Config) -> None:

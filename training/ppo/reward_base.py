@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_utils.checkpoint import CheckpointError, load_tensors
+from torch_utils.errors import UserError
 
 # Images per forward; what a caller chooses changes speed and memory, never a score.
 DEFAULT_BATCH_SIZE = 32
@@ -50,6 +51,13 @@ def check_inputs(images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
     if len(images) and (images.amin() < 0 or images.amax() > 1):
         raise ValueError(f"images must lie in [0, 1], got {images.amin():.3f} to {images.amax():.3f}")
+
+
+def dtype_name(amp: bool, device: torch.device) -> str:
+    """What a scorer computes in, for its records. Raises `UserError` for `amp` without a GPU."""
+    if amp and device.type != "cuda":
+        raise UserError(f"half precision (amp) needs a GPU, not {device}: leave it off")
+    return "float16-autocast" if amp else "float32"
 
 
 @contextlib.contextmanager

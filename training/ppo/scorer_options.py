@@ -25,6 +25,13 @@ OPTIONS = (
 )
 
 
+amp_option = click.option(
+    "--amp",
+    is_flag=True,
+    help="half precision on a GPU; changes the fourth digit; published scores of HPSv2 and CLIPScore have it",
+)
+
+
 def scorer_options(command: Callable[P, R]) -> Callable[P, R]:
     """Give a click command the parameters `images pattern prompts output_json batch_size device`."""
     for option in reversed(OPTIONS):

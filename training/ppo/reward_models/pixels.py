@@ -28,28 +28,29 @@ def shortest_side(images: Tensor, size: int, offset: Callable[[int], int]) -> Te
 
     `images` are float `[N, 3, H, W]` on the 8-bit grid, and so is the result. `offset` places the square: one of the
     two functions above. The longer side is cut to a whole number of pixels, as both libraries do.
+
+    As in Pillow, rows are resized before columns. (Since version 13 it begins with the columns of pictures that shrink
+    much more in height than in width; the published scores are older.)
     """
     height, width = images.shape[-2:]
-    short, long = min(height, width), max(height, width)
-    longer = int(size * long / short)
-    images = pillow_bicubic(images, *((size, longer) if height <= width else (longer, size)))
-    top, left = offset(images.shape[-2] - size), offset(images.shape[-1] - size)
-    return images[..., top : top + size, left : left + size]
+    short = min(height, width)
+    tall, wide = int(size * height / short), int(size * width / short)
+    left, top = offset(wide - size), offset(tall - size)
+    # Cut at once, for the second pass takes every column by itself.
+    images = pillow_pass(images, (height, wide))[..., left : left + size]
+    return pillow_pass(images, (tall, size))[..., top : top + size, :]
 
 
-def pillow_bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Pillow's `resize((width, height), BICUBIC)` of RGB images: `[N, 3, H, W]` => `[N, 3, height, width]`.
+def pillow_pass(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """One direction of Pillow's bicubic `resize`: `[N, 3, H, W]` => `[N, 3, *size]`, where one side stays.
 
-    As there, rows are resized before columns, each pass with a filter that widens as pictures shrink, and each is
-    rounded to 8 bits. The rounding is invisible to gradients. (Since version 13 Pillow begins with the columns of
-    pictures that shrink much more in height than in width; the published scores are older.)
+    The filter widens as pictures shrink, and the result is rounded to 8 bits, which gradients do not see.
     """
-    for size in ((images.shape[-2], width), (height, width)):
-        if size != tuple(images.shape[-2:]):
-            resized = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
-            levels = torch.floor(255 * resized + 0.5).clamp(0, 255) / 255
-            images = resized + (levels - resized).detach()
-    return images
+    if size == tuple(images.shape[-2:]):
+        return images
+    resized = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+    levels = torch.floor(255 * resized + 0.5).clamp(0, 255) / 255
+    return resized + (levels - resized).detach()
 
 
 def normalized(images: Tensor) -> Tensor:

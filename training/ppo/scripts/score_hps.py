@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.scorer_options import FILE, scorer_options
+from training.ppo.scorer_options import FILE, amp_option, scorer_options
 
 
 @click.command(help=__doc__)
 @scorer_options
 @click.option("--weights", metavar="FILE", type=FILE, help="HPS_v2.1_compressed.pt  [default: fetched on first use]")
 @click.option("--architecture", default="ViT-H-14", show_default=True, help="open_clip model that the weights are for")
-@click.option("--amp", is_flag=True, help="half precision on a GPU, as the published scores were computed")
+@amp_option
 @user_errors
 def main(
     images: Path,

@@ -1,0 +1,42 @@
+"""Score a folder of images with CLIPScore: the cosine of OpenAI's CLIP ViT-L/14."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from torch_utils.errors import user_errors
+from training.ppo.scorer_options import FILE, amp_option, scorer_options
+
+
+@click.command(help=__doc__)
+@scorer_options
+@click.option(
+    "--weights",
+    metavar="PATH",
+    type=FILE,
+    help="model.safetensors of openai/clip-vit-large-patch14, or its folder  [default: fetched]",
+)
+@amp_option
+@user_errors
+def main(
+    images: Path,
+    pattern: str,
+    prompts: Path | None,
+    output_json: Path | None,
+    batch_size: int,
+    device: str,
+    weights: Path | None,
+    amp: bool,
+) -> None:
+    from training.ppo.reward_models.clip import RewardCLIP
+    from training.ppo.scoring import ScoreRequest, score_folder
+
+    request = ScoreRequest(images, pattern, prompts, output_json, batch_size, device)
+    options = {"batch_size": batch_size, "amp": amp}
+    score_folder(request, RewardCLIP.name, lambda device: RewardCLIP(weights, device=device, **options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Score a folder of images with MPS (Multi-dimensional Preference Score), for the condition "overall"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from torch_utils.errors import user_errors
+from training.ppo.scorer_options import FILE, amp_option, scorer_options
+
+
+@click.command(help=__doc__)
+@scorer_options
+@click.option(
+    "--weights",
+    metavar="FILE",
+    type=FILE,
+    help="MPS_overall_checkpoint.pth, or its tensors as .safetensors; nothing in it is run  [default: weights/ or cache]",
+)
+@amp_option
+@user_errors
+def main(
+    images: Path,
+    pattern: str,
+    prompts: Path | None,
+    output_json: Path | None,
+    batch_size: int,
+    device: str,
+    weights: Path | None,
+    amp: bool,
+) -> None:
+    from training.ppo.reward_models.mps import RewardMPS
+    from training.ppo.scoring import ScoreRequest, score_folder
+
+    request = ScoreRequest(images, pattern, prompts, output_json, batch_size, device)
+    options = {"batch_size": batch_size, "amp": amp}
+    score_folder(request, RewardMPS.name, lambda device: RewardMPS(weights, device=device, **options))
+
+
+if __name__ == "__main__":
+    main()
