@@ -5,7 +5,8 @@
 #   bash sample.sh sd15         Stable Diffusion v1.5 on one GPU
 #   bash sample.sh sd15-multi   Stable Diffusion v1.5 on all GPUs of this machine
 #
-# SEEDS="0-63" bash sample.sh takes fewer images. Finished images are kept: give the same command again to continue.
+# SEEDS="0-63" bash sample.sh takes fewer images; METRICS="hps,mps" chooses the metrics of Stable Diffusion. Finished
+# images and scores are kept: give the same command again to continue.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup_env.sh
@@ -20,7 +21,7 @@ case "$preset" in
     embedded)
         config=embedded dataset=emoji prompts=src/prompts/emoji_test.txt seeds="${SEEDS:-0-255}" precision=float32 compile=off
         schedule=(--schedule-type logsnr)
-        metrics=("reward score_emoji --metric reward" "heldout score_emoji --metric heldout") # name, module, options
+        metrics=emoji_reward,emoji_heldout
         # name, sampler, nodes, options: parallel NFE 10 for all, and a long run to compare with
         baselines=("ddim-10 ddim 11" "dpm2-10 dpm2 6" "heun-10 heun 6" "ipndm-10 ipndm 11" "dpmpp-10 dpmpp 11" "ddim-50 ddim 51")
         ;;
@@ -30,7 +31,7 @@ case "$preset" in
             config=sd15_parallel launcher=(-m torch.distributed.run --standalone "--nproc_per_node=${GPUS:-gpu}")
         fi
         schedule=(--schedule-type time_uniform --schedule-rho 1)
-        metrics=("hps score_hps")
+        metrics="${METRICS:-hps,clip,aesthetic,pick,imagereward}"
         baselines=("ddim-20 ddim 21" "dpm2-20 dpm2 11" "edm-19 edm 10" "ipndm-20 ipndm 21" "dpmpp-20 dpmpp 21" "ddim-50 ddim 51")
         ;;
     *)
@@ -53,6 +54,8 @@ samples="samples/$label" results="results/$label"
 common=(--prompt-file "$prompts" --seeds "$seeds" --batch 16 --precision "$precision" --compile "$compile" --grid)
 python=("$PYTHON" ${launcher[@]+"${launcher[@]}"})
 
+# Before hours of sampling, the weights that the scores will need.
+run "$PYTHON" -m training.ppo.scripts.score_all --metrics "$metrics" --fetch-only >&2
 run "${python[@]}" sample.py --predictor_path "$learned" "${common[@]}" --outdir "$samples/learned"
 run "${python[@]}" sample.py --predictor_path "$run_dir/configs/start_table.safetensors" "${common[@]}" --outdir "$samples/start"
 names=(learned start)
@@ -63,14 +66,5 @@ for baseline in "${baselines[@]}"; do
     names+=("$name")
 done
 
-scores=()
-for name in "${names[@]}"; do
-    for metric in "${metrics[@]}"; do
-        read -r metric_name script options <<<"$metric"
-        json="$results/$name-$metric_name.json"
-        run "$PYTHON" -m "training.ppo.scripts.$script" $options --images "$samples/$name" --output-json "$json" >/dev/null
-        scores+=("$json")
-    done
-done
-run "$PYTHON" -m training.ppo.scripts.compare "${scores[@]}" --reference learned \
-    --output-json "$results/comparison.json" --output-md "$results/comparison.md"
+run "$PYTHON" -m training.ppo.scripts.score_all --images "${names[@]/#/$samples/}" --metrics "$metrics" \
+    --output-json "$results/comparison.json"

@@ -34,6 +34,8 @@ LAYER_OF = (
     ("training.ppo.export_epd_predictor", "loops"),
     ("training.ppo.evaluation", "loops"),
     ("training.ppo.comparison", "loops"),
+    ("training.ppo.comparison_page", "loops"),
+    ("training.ppo.score_sets", "loops"),
     ("training.*", "parts"),
     ("training", "parts"),
     ("solvers", "parts"),

@@ -145,6 +145,16 @@ ASSETS: dict[str, Asset] = {
             folder_env="HPS_ROOT",
         ),
         Asset(
+            key="hps_v2.0",
+            files=(KnownFile("HPS_v2_compressed.pt"),),
+            project_dir="weights",
+            cache_name="hps",
+            used_by="the score HPSv2.0",
+            repo="xswu/HPSv2",
+            revision="697403c78157020a1ae59d23f111aa58ced35b0a",
+            folder_env="HPS_ROOT",
+        ),
+        Asset(
             key="clip_l14",
             files=(
                 KnownFile(

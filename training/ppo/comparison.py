@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -47,7 +49,9 @@ def load_scores(path: Path) -> dict[str, Any]:
     return record
 
 
-def compare(records: Sequence[dict[str, Any]], reference: str | None = None, force: bool = False) -> dict[str, Any]:
+def compare(
+    records: Sequence[dict[str, Any]], reference: str | None = None, force: bool = False, allow_missing: bool = False
+) -> dict[str, Any]:
     """Join score records by folder and image.
 
     A folder's label is its name, or the path as scored where two folders share the name. Every folder needs the same
@@ -56,8 +60,10 @@ def compare(records: Sequence[dict[str, Any]], reference: str | None = None, for
     `scores` {metric: summary} and, with a `reference` label, `differences` {metric: summary of reference - row per
     image, with `wins`, the share of images where the reference is better (ties count half)}; None in the reference's
     own row. Intervals are `summarize`'s. Raises `ComparisonError`; `force` turns the refusal of unlike measurements
-    into a note on stderr.
+    into a note on stderr, and so does `allow_missing` that of images which not all records have: the others are left.
     """
+    if allow_missing:
+        records = _common_images(records)
     folders = _group_by_label(records)
     metrics = list(dict.fromkeys(record["metric"] for record in records))
     if reference is not None and reference not in folders:
@@ -80,11 +86,16 @@ def compare(records: Sequence[dict[str, Any]], reference: str | None = None, for
     return {"kind": "comparison", "count": len(images), "reference": reference, "metrics": measured, "rows": rows}
 
 
+def folder_labels(paths: Sequence[str]) -> list[str]:
+    """What folders are called in tables: their names, or the paths where two share a name."""
+    names = [Path(path).name or path for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
 def _group_by_label(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """label -> metric -> record."""
     paths = list(dict.fromkeys(record["images_dir"] for record in records))
-    names = [Path(path).name or path for path in paths]
-    labels = dict(zip(paths, names if len(set(names)) == len(names) else paths, strict=True))
+    labels = dict(zip(paths, folder_labels(paths), strict=True))
     folders: dict[str, dict[str, dict[str, Any]]] = {label: {} for label in labels.values()}
     for record in records:
         folder = folders[labels[record["images_dir"]]]
@@ -92,6 +103,20 @@ def _group_by_label(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, di
             raise ComparisonError(f"{record['metric']} of {record['images_dir']} is given twice")
         folder[record["metric"]] = record
     return folders
+
+
+def _common_images(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records with the images that all of them have scores of; a note on stderr says what that leaves out."""
+    images = [{(row["seed"], row["prompt"]) for row in record["scores"]} for record in records]
+    common, everything = set.intersection(*images), set.union(*images)
+    if not common:
+        raise ComparisonError("no image, by seed and prompt, has a score in every folder")
+    if common != everything:
+        print(f"compared by the {len(common)} images that all have; {len(everything - common)} not", file=sys.stderr)
+    return [
+        {**record, "scores": [row for row in record["scores"] if (row["seed"], row["prompt"]) in common]}
+        for record in records
+    ]
 
 
 def _check_alike(records: Sequence[dict[str, Any]], force: bool) -> None:
@@ -158,10 +183,10 @@ def to_markdown(comparison: dict[str, Any]) -> str:
     lines = []
     for row in comparison["rows"]:
         cells = [row["label"], *("" if row[field] is None else str(row[field]) for field in SHOWN.values())]
-        cells += [_cell(row["scores"][metric]) for metric in metrics]
+        cells += [format_cell(row["scores"][metric]) for metric in metrics]
         if reference is not None:
             differences = row["differences"]
-            cells += [_cell(differences[metric], "+") if differences is not None else "" for metric in metrics]
+            cells += [format_cell(differences[metric], "+") if differences is not None else "" for metric in metrics]
         lines.append([cell.replace("|", "\\|") for cell in cells])
     widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
     right = [column >= 2 for column in range(len(header))]
@@ -176,9 +201,27 @@ def to_markdown(comparison: dict[str, Any]) -> str:
     return "\n".join([*table, "", note + "."]) + "\n"
 
 
-def _cell(summary: dict[str, Any], sign: str = "") -> str:
+def format_cell(summary: dict[str, Any], sign: str = "") -> str:
+    """`mean ± half the interval`, to four digits; `sign` "+" shows that of positive means too."""
     mean = f"{summary['mean']:{sign}.4f}"
     return mean if summary["ci95"] is None else f"{mean} ± {summary['ci95'][1] - summary['mean']:.4f}"
+
+
+def to_csv(comparison: dict[str, Any]) -> str:
+    """One line for each folder and metric, with every number; differences are the reference minus that folder."""
+    fields = ("count", "mean", "std", "min", "max", "ci95_low", "ci95_high")
+    differences = ("difference", "difference_ci95_low", "difference_ci95_high", "wins")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["label", "metric", "reference", *SHOWN.values(), *fields, *differences])
+    for row in comparison["rows"]:
+        for metric, summary in row["scores"].items():
+            gap = (row.get("differences") or {}).get(metric)
+            numbers = [summary[key] for key in fields[:5]] + list(summary["ci95"] or (None, None))
+            numbers += [gap["mean"], *(gap["ci95"] or (None, None)), gap["wins"]] if gap is not None else [None] * 4
+            shown = [row[key] for key in SHOWN.values()]
+            writer.writerow([row["label"], metric, comparison["reference"], *shown, *numbers])
+    return text.getvalue()
 
 
 def check_comparison_outputs(json_path: Path | None, markdown_path: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""HPSv2.1, the human preference score that PPO maximises on Stable Diffusion (arXiv 2306.09341)."""
+"""HPSv2, the human preference score that PPO maximises on Stable Diffusion (arXiv 2306.09341)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from torch import Tensor
 from HPSv2.model import ARCHITECTURE, build_model, read_state_dict
 from HPSv2.preprocess import preprocess
 from torch_utils.checkpoint import CheckpointError
-from torch_utils.download_util import ASSETS, stamped_sha256
+from torch_utils.download_util import stamped_sha256
 from training.ppo.reward_base import DEFAULT_BATCH_SIZE, check_inputs, cosine_scores, dtype_name, load_strict
 from training.ppo.reward_models.tokens import OpenAITokenizer
 from training.ppo.reward_weights import find_weights, version_of
 
-METRIC = "hps_v2.1"
-PUBLISHED = ASSETS[METRIC].files[0]
-# v2.0 has the same layout and is found under v2.1's name in places; its scores are on another scale.
+VERSIONS = ("v2.1", "v2.0")
+# v2.0 has the same layout and is found under v2.1's name in places; its scores are on another scale. Of its hash the
+# project knows the beginning only.
 V20_SHA256_START = "07cb0d20"
 
 
 class RewardHPS:
-    """Raw HPSv2.1: cosine of the fine-tuned CLIP ViT-H/14's image and text embeddings, no logit scale."""
-
-    name = METRIC
+    """Raw HPSv2: cosine of the fine-tuned CLIP ViT-H/14's image and text embeddings, no logit scale."""
 
     def __init__(
         self,
@@ -35,8 +33,9 @@ class RewardHPS:
         batch_size: int = DEFAULT_BATCH_SIZE,
         amp: bool = False,
         architecture: str = ARCHITECTURE,
+        version: str = VERSIONS[0],
     ) -> None:
-        """Load the checkpoint `weights` (default: the cached one) into the open_clip model `architecture`.
+        """Load the checkpoint `weights` (default: the cached one) of `version` into the open_clip model `architecture`.
 
         `amp` computes under float16 autocast on a GPU as the authors do, which rounds scores in [0.25, 0.5) to
         multiples of 2^-12; the default is float32 throughout. Raises `UserError` for missing weights or `amp` without
@@ -44,11 +43,12 @@ class RewardHPS:
         """
         self.device = torch.device(device)
         self.dtype = dtype_name(amp, self.device)
-        path = find_weights(METRIC, weights)
+        self.name = f"hps_{version}"
+        path = find_weights(self.name, weights)
         self.amp = amp
         self.batch_size = batch_size
         self.weights_sha256 = stamped_sha256(path)
-        self.version = _version(path, self.weights_sha256)
+        self.version = _version(version, path, self.weights_sha256)
         state = read_state_dict(path)
         self.model = build_model(architecture, self.device)
         load_strict(self.model, state, path)
@@ -74,7 +74,8 @@ class RewardHPS:
         return self.model.encode_text(self.tokenizer(prompts).to(self.device), normalize=True)
 
 
-def _version(path: Path, sha256: str) -> str:
-    if sha256.startswith(V20_SHA256_START):
-        raise CheckpointError(f"{path} is HPSv2.0, whose scores are on another scale: get {PUBLISHED.name}")
-    return version_of(METRIC, path, sha256, "v2.1")
+def _version(wanted: str, path: Path, sha256: str) -> str:
+    found = "v2.0" if sha256.startswith(V20_SHA256_START) else version_of("hps_v2.1", path, sha256, "v2.1")
+    if found not in (wanted, "custom"):
+        raise CheckpointError(f"{path} is HPS{found}, whose scores are on another scale than those of HPS{wanted}")
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,15 +14,26 @@ from training.ppo.reward_hps import RewardHPS
 from training.ppo.reward_models.aesthetic import RewardAesthetic
 from training.ppo.reward_models.clip import RewardCLIP
 from training.ppo.reward_models.emoji import REWARD_FOLDERS, RewardEmoji, find_emoji_weights
+from training.ppo.reward_models.imagereward import RewardImageReward, find_vocabulary
 from training.ppo.reward_models.pick import RewardPick
 from training.ppo.reward_weights import find_weights
 
-# The published metrics: who computes them, and the keys of their files, that of `weights` first.
-PUBLISHED: dict[str, tuple[type[Reward], tuple[str, ...]]] = {
-    "hps": (RewardHPS, ("hps_v2.1",)),
-    "clip": (RewardCLIP, ("clip_l14",)),
-    "aesthetic": (RewardAesthetic, ("aesthetic", "clip_l14")),
-    "pick": (RewardPick, ("pickscore_v1",)),
+
+@dataclass(frozen=True)
+class Published:
+    """A published metric: who computes it, the key of its weights, and what finds the other file that it needs."""
+
+    reward: type[Reward]
+    key: str
+    find_other: Callable[[Path], Path] | None = None  # given where the weights are
+
+
+PUBLISHED: dict[str, Published] = {
+    "hps": Published(RewardHPS, "hps_v2.1"),
+    "clip": Published(RewardCLIP, "clip_l14"),
+    "aesthetic": Published(RewardAesthetic, "aesthetic", lambda _: find_weights("clip_l14")),
+    "pick": Published(RewardPick, "pickscore_v1"),
+    "imagereward": Published(RewardImageReward, "imagereward", lambda path: find_vocabulary(None, path)),
 }
 REWARD_TYPES = (*PUBLISHED, *REWARD_FOLDERS)
 
@@ -32,10 +45,10 @@ def check_reward_weights(reward_type: str, weights: str | Path | None = None) ->
     type, or saying which file is missing, where it comes from and where it belongs.
     """
     if reward_type in PUBLISHED:
-        first, *others = PUBLISHED[reward_type][1]
-        path = find_weights(first, weights)
-        for key in others:
-            find_weights(key)
+        published = PUBLISHED[reward_type]
+        path = find_weights(published.key, weights)
+        if published.find_other is not None:
+            published.find_other(path)
         return path
     if reward_type in REWARD_FOLDERS:
         return find_emoji_weights(reward_type, weights)
@@ -57,7 +70,7 @@ def create_reward(
     """
     path = check_reward_weights(reward_type, weights)
     if reward_type in PUBLISHED:
-        return PUBLISHED[reward_type][0](path, device=device, batch_size=batch_size, amp=amp)
+        return PUBLISHED[reward_type].reward(path, device=device, batch_size=batch_size, amp=amp)
     if amp:
         raise UserError(f"{reward_type} is computed in float32 only: switch half precision (amp) off")
     return RewardEmoji(reward_type, path, device=device, batch_size=batch_size)

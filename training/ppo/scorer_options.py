@@ -14,14 +14,26 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FILE = click.Path(path_type=Path)
+pattern_option = click.option(
+    "--pattern", metavar="GLOB", default="**/*.png", show_default=True, help="which files below the folder"
+)
+prompts_option = click.option(
+    "--prompts", metavar="FILE", type=FILE, help="prompts, for folders without a manifest.jsonl"
+)
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="images per forward"
+)
+device_option = click.option(
+    "--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."
+)
 OPTIONS = (
     click.option("--images", metavar="DIR", type=FILE, required=True, help="folder of images to score"),
-    click.option("--pattern", metavar="GLOB", default="**/*.png", show_default=True, help="which files below it"),
-    click.option("--prompts", metavar="FILE", type=FILE, help="prompts, for folders without a manifest.jsonl"),
+    pattern_option,
+    prompts_option,
     click.option("--output-json", metavar="FILE", type=FILE, help="write the summary and the score of each image here"),
-    click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="images per forward"),
+    batch_size_option,
     cache_dir_option,
-    click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+    device_option,
 )
 
 

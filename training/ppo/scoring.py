@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
+import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +35,8 @@ SAMPLING_FIELDS = (
     *("solver", "options", "num_steps", "schedule_type", "table_sha256"),
     *("nfe", "parallel_nfe", "forwards", "guidance_rate"),
 )
+# Threads that decode images; Pillow leaves the interpreter to others meanwhile.
+DECODERS = 8
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pillow")
 
 
@@ -68,11 +75,14 @@ class ScoreRequest:
     device: str
 
 
-def collect_images(folder: Path, pattern: str = "**/*.png", prompts_file: Path | None = None) -> ImageSet:
+def collect_images(
+    folder: Path, pattern: str = "**/*.png", prompts_file: Path | None = None, allow_missing: bool = False
+) -> ImageSet:
     """Find the images of `folder` that match `pattern` and pair each with its prompt.
 
     With `folder/manifest.jsonl`, seeds and prompts come from there; a `prompts_file` is then a check: line s must be
-    the prompt of seed s. Files that the manifest does not list (a grid of samples, say) are left out with a note.
+    the prompt of seed s. Files that the manifest does not list are left out with a note, and so are, with
+    `allow_missing`, images that it lists and that are not there.
     Without a manifest, `prompts_file` is needed: its lines pair with the images by position in natural order (2.png
     before 10.png), and the counts must agree. Raises `ScoringError` or `PromptError`.
     """
@@ -87,7 +97,7 @@ def collect_images(folder: Path, pattern: str = "**/*.png", prompts_file: Path |
     prompts = load_prompts(prompts_file) if prompts_file is not None else None
     manifest = folder / MANIFEST
     if manifest.is_file():
-        return _join_manifest(folder, files, _read_manifest(manifest), prompts)
+        return _join_manifest(folder, files, _read_manifest(manifest), prompts, allow_missing)
     if prompts is None:
         raise ScoringError(f"{folder} has no {MANIFEST}: say with --prompts which prompt belongs to which image")
     if len(prompts) != len(files):
@@ -122,23 +132,26 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
     for key in ("file", "seed"):
         repeated = [value for value, count in Counter(row[key] for row in rows).items() if count > 1]
         if repeated:
-            raise ScoringError(f"{path} lists {key} {_listing(repeated)} more than once")
+            raise ScoringError(f"{path} lists {key} {listing(repeated)} more than once")
     return rows
 
 
 def _join_manifest(
-    folder: Path, files: dict[str, Path], rows: list[dict[str, Any]], prompts: list[str] | None
+    folder: Path, files: dict[str, Path], rows: list[dict[str, Any]], prompts: list[str] | None, allow_missing: bool
 ) -> ImageSet:
     lost = [row for row in rows if not (folder / row["file"]).is_file()]
     if lost:
-        seeds = _listing([row["seed"] for row in lost])
-        raise ScoringError(f"{len(lost)} of the {len(rows)} images in {folder / MANIFEST} are missing: seeds {seeds}")
+        seeds = listing([row["seed"] for row in lost])
+        message = f"{len(lost)} of the {len(rows)} images in {folder / MANIFEST} are missing: seeds {seeds}"
+        if not allow_missing:
+            raise ScoringError(message)
+        print(message, file=sys.stderr)
     rows = sorted((row for row in rows if row["file"] in files), key=lambda row: row["seed"])
     others = sorted(files.keys() - {row["file"] for row in rows} - {GRID})
     if not rows:
         raise ScoringError(f"none of the {len(files)} images matched in {folder} is listed in its {MANIFEST}")
     if others:
-        print(f"not in {folder / MANIFEST}, so not scored: {_listing(others)}", file=sys.stderr)
+        print(f"not in {folder / MANIFEST}, so not scored: {listing(others)}", file=sys.stderr)
     if prompts is not None:
         for row, prompt in zip(rows, prompts_for_seeds(prompts, [row["seed"] for row in rows]), strict=True):
             if row["prompt"] != prompt:
@@ -150,13 +163,14 @@ def _join_manifest(
     for field in SAMPLING_FIELDS:
         values = list({json.dumps(row.get(field), sort_keys=True): row.get(field) for row in rows}.values())
         if len(values) > 1:
-            raise ScoringError(f"{folder / MANIFEST} mixes images of {field} {_listing(values)}: score them apart")
+            raise ScoringError(f"{folder / MANIFEST} mixes images of {field} {listing(values)}: score them apart")
         sampling[field] = values[0]
     entries = [ImageEntry(files[row["file"]], row["file"], row["seed"], row["prompt"]) for row in rows]
     return ImageSet(folder, entries, sampling)
 
 
-def _listing(values: Sequence[object]) -> str:
+def listing(values: Sequence[object]) -> str:
+    """The first ten, and how many more."""
     more = f" and {len(values) - 10} more" if len(values) > 10 else ""
     return ", ".join(str(value) for value in values[:10]) + more
 
@@ -166,36 +180,66 @@ def score_images(
 ) -> list[float | None]:
     """Score every entry, with a progress bar on stderr; None where the file is unreadable, which stderr names.
 
-    Raises `ScoringError` naming the first image whose score is not finite.
+    Files are decoded ahead of the model in threads. Raises `ScoringError` naming the first image whose score is not
+    finite.
     """
     from tqdm import tqdm
 
     scores: list[float | None] = [None] * len(entries)
     progress = tqdm(total=len(entries), desc=reward.name, unit="img", file=sys.stderr)
-    for start in range(0, len(entries), batch_size):
-        # Images of one size make a batch; a folder of mixed sizes is scored in more and smaller ones.
-        batches: dict[torch.Size, list[tuple[int, torch.Tensor]]] = {}
-        for index in range(start, min(start + batch_size, len(entries))):
-            try:
-                image = load_image(entries[index].path)
-            except ImageError as error:
-                progress.write(f"not scored: {error}", file=sys.stderr)
-                continue
-            batches.setdefault(image.shape, []).append((index, image))
-        for batch in batches.values():
-            images = torch.stack([image for _, image in batch]).to(device)
-            values = reward.score(images, [entries[index].prompt for index, _ in batch]).tolist()
-            for (index, _), value in zip(batch, values, strict=True):
-                if not math.isfinite(value):
-                    raise ScoringError(f"{reward.name} gives {value} for {entries[index].path}")
-                scores[index] = value
-        progress.update(min(batch_size, len(entries) - start))
+    started, waited = time.perf_counter(), 0.0
+    with contextlib.closing(_decoded([entry.path for entry in entries], ahead=2 * batch_size)) as decoded:
+        for start in range(0, len(entries), batch_size):
+            # Images of one size make a batch; a folder of mixed sizes is scored in more and smaller ones.
+            batches: dict[torch.Size, list[tuple[int, torch.Tensor]]] = {}
+            before = time.perf_counter()
+            for index, image in enumerate(itertools.islice(decoded, batch_size), start):
+                if isinstance(image, ImageError):
+                    progress.write(f"not scored: {image}", file=sys.stderr)
+                else:
+                    batches.setdefault(image.shape, []).append((index, image))
+            waited += time.perf_counter() - before
+            for batch in batches.values():
+                images = torch.stack([image for _, image in batch]).to(device)
+                values = reward.score(images, [entries[index].prompt for index, _ in batch]).tolist()
+                for (index, _), value in zip(batch, values, strict=True):
+                    if not math.isfinite(value):
+                        raise ScoringError(f"{reward.name} gives {value} for {entries[index].path}")
+                    scores[index] = value
+            progress.update(min(batch_size, len(entries) - start))
+    progress.set_postfix_str(
+        f"{waited / max(time.perf_counter() - started, 1e-9):.0%} of it waiting for files", refresh=False
+    )
     progress.close()
     return scores
 
 
-def check_output(path: Path, metric: str, images: Path) -> None:
-    """Make the folder of `path`; raise `ScoringError` unless `path` is free or holds this metric of this folder."""
+def _decoded(paths: Sequence[Path], ahead: int) -> Iterator[torch.Tensor | ImageError]:
+    """The images in order, up to `ahead` of them decoded before they are asked for; an error in place of a bad one."""
+    pool = ThreadPoolExecutor(min(DECODERS, len(os.sched_getaffinity(0))))
+    try:
+        waiting = deque(pool.submit(_load, path) for path in paths[:ahead])
+        for path in itertools.chain(paths[ahead:], itertools.repeat(None, min(ahead, len(paths)))):
+            image = waiting.popleft().result()
+            if path is not None:
+                waiting.append(pool.submit(_load, path))
+            yield image
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _load(path: Path) -> torch.Tensor | ImageError:
+    try:
+        return load_image(path)
+    except ImageError as error:
+        return error
+
+
+def check_output(path: Path, metric: str | None, images: Path) -> None:
+    """Make the folder of `path`; raise `ScoringError` unless `path` is free or holds this metric of this folder.
+
+    `metric` None stands for any.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -204,11 +248,13 @@ def check_output(path: Path, metric: str, images: Path) -> None:
         return
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        replaceable = old["metric"] == metric and old["images_dir"] == images.as_posix()
+        replaceable = metric in (None, old["metric"]) and old["images_dir"] == images.as_posix()
     except (OSError, ValueError, KeyError, TypeError):
         replaceable = False
     if not replaceable:
-        raise ScoringError(f"{path} exists and holds no {metric} scores of {images}: name another file, or delete it")
+        raise ScoringError(
+            f"{path} exists and holds no {metric or 'other'} scores of {images}: name another file, or delete it"
+        )
 
 
 def score_folder(request: ScoreRequest, metric: str, load_reward: Callable[[torch.device], Reward]) -> dict[str, Any]:
@@ -232,7 +278,7 @@ def score_folder(request: ScoreRequest, metric: str, load_reward: Callable[[torc
     if request.output_json is not None:
         atomic_write_text(request.output_json, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if record["unreadable"]:
-        files = _listing(record["unreadable"])
+        files = listing(record["unreadable"])
         raise ScoringError(f"{len(record['unreadable'])} of {len(values)} images cannot be read: {files}")
     return record
 

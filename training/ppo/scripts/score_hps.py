@@ -1,4 +1,4 @@
-"""Score a folder of images with HPSv2.1 (Human Preference Score), the reward of PPO on Stable Diffusion."""
+"""Score a folder of images with HPSv2 (Human Preference Score); v2.1 is the reward of PPO on Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from training.ppo.scorer_options import FILE, amp_option, scorer_options
 @click.command(help=__doc__)
 @scorer_options
 @click.option("--weights", metavar="FILE", type=FILE, help="HPS_v2.1_compressed.pt  [default: fetched on first use]")
+@click.option("--version", type=click.Choice(["v2.1", "v2.0"]), default="v2.1", show_default=True)
 @click.option("--architecture", default="ViT-H-14", show_default=True, help="open_clip model that the weights are for")
 @amp_option
 @user_errors
@@ -24,15 +25,16 @@ def main(
     batch_size: int,
     device: str,
     weights: Path | None,
+    version: str,
     architecture: str,
     amp: bool,
 ) -> None:
-    from training.ppo.reward_hps import METRIC, RewardHPS
+    from training.ppo.reward_hps import RewardHPS
     from training.ppo.scoring import ScoreRequest, score_folder
 
     request = ScoreRequest(images, pattern, prompts, output_json, batch_size, device)
-    options = {"batch_size": batch_size, "amp": amp, "architecture": architecture}
-    score_folder(request, METRIC, lambda device: RewardHPS(weights, device=device, **options))
+    options = {"batch_size": batch_size, "amp": amp, "architecture": architecture, "version": version}
+    score_folder(request, f"hps_{version}", lambda device: RewardHPS(weights, device=device, **options))
 
 
 if __name__ == "__main__":
