@@ -413,16 +413,21 @@ def test_unknown_keys_name_the_known_ones():
 def test_the_registry_is_complete_and_says_what_is_promised(tmp_path, monkeypatch):
     monkeypatch.setenv("EPD_CACHE", str(tmp_path))
     monkeypatch.delenv("HPS_ROOT", raising=False)
-    assert set(ASSETS) == {"ms_coco", "v1-5-pruned-emaonly", "prompts", "hps_v2.1"}
+    assert set(ASSETS) == {
+        *("ms_coco", "v1-5-pruned-emaonly", "prompts"),
+        *("hps_v2.1", "hps_v2.0", "clip_l14", "aesthetic", "pickscore_v1", "imagereward", "bert_vocabulary", "mps"),
+    }
     for key, asset in ASSETS.items():
         assert asset.key == key
         assert (asset.repo is None) != (asset.base_url is None)
         assert asset.repo is None or re.fullmatch("[0-9a-f]{40}", asset.revision)
         for file in asset.files:
-            assert (file.size is None) == (file.sha256 is None)
+            assert file.size is None or file.sha256 is not None
             assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
             assert file.name in by_hand(key)
-            assert file.size is not None or not file.name.endswith((".safetensors", ".pt"))
+            # Nobody publishes a hash of HPSv2.0 or MPS.
+            weights = file.name.endswith((".safetensors", ".pt", ".pth"))
+            assert file.sha256 is not None or not weights or key in ("hps_v2.0", "mps")
         assert str(tmp_path) in by_hand(key)
         assert "\n" not in by_hand(key)
     assert ASSETS["hps_v2.1"].folders()[0] == ROOT / "weights"

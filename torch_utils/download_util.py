@@ -246,7 +246,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def check_file_by_key(key: str) -> Path:
-    """Path of a known file (keys "prompts", "hps_v2.1", "v1-5-pruned-emaonly") or folder ("ms_coco").
+    """Path of what stands under `key` in ASSETS: a file, or of "ms_coco" the folder.
 
     "ms_coco" is Stable Diffusion v1.5 in diffusers' layout, "v1-5-pruned-emaonly" the same in one file: both will do as
     a model's path. What is not on this machine is fetched.

@@ -171,7 +171,7 @@ CHOICES = {
 # Owned by training.denoisers and training.ppo.reward_multi, which need torch; a test keeps them in step.
 BACKBONE_NAMES = ("emoji", "ms_coco")
 GUIDANCE_TYPES = ("cfg",)
-PUBLISHED_REWARDS = ("hps", "clip", "aesthetic", "pick", "imagereward")
+PUBLISHED_REWARDS = ("hps", "clip", "aesthetic", "pick", "imagereward", "mps")
 REWARD_NAMES = (*PUBLISHED_REWARDS, "emoji_reward", "emoji_heldout")
 # Inclusive lower limits; a null value is not checked.
 AT_LEAST = {

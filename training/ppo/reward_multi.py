@@ -15,6 +15,7 @@ from training.ppo.reward_models.aesthetic import RewardAesthetic
 from training.ppo.reward_models.clip import RewardCLIP
 from training.ppo.reward_models.emoji import REWARD_FOLDERS, RewardEmoji, find_emoji_weights
 from training.ppo.reward_models.imagereward import RewardImageReward, find_vocabulary
+from training.ppo.reward_models.mps import RewardMPS
 from training.ppo.reward_models.pick import RewardPick
 from training.ppo.reward_weights import find_weights
 
@@ -34,6 +35,7 @@ PUBLISHED: dict[str, Published] = {
     "aesthetic": Published(RewardAesthetic, "aesthetic", lambda _: find_weights("clip_l14")),
     "pick": Published(RewardPick, "pickscore_v1"),
     "imagereward": Published(RewardImageReward, "imagereward", lambda path: find_vocabulary(None, path)),
+    "mps": Published(RewardMPS, "mps"),
 }
 REWARD_TYPES = (*PUBLISHED, *REWARD_FOLDERS)
 

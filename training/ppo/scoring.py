@@ -125,6 +125,7 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             if not isinstance(row["file"], str) or not isinstance(row["prompt"], str) or type(row["seed"]) is not int:
                 raise TypeError
+            row["prompt"].encode()  # half a character, as JSON can write it, is no text
         except (ValueError, KeyError, TypeError) as error:
             text = line[:80].decode(errors="replace")
             raise ScoringError(f"{path} line {number} lacks file, seed or prompt: {text}") from error

@@ -16,7 +16,7 @@ from training.ppo.scorer_options import FILE, amp_option, scorer_options
     "--weights",
     metavar="FILE",
     type=FILE,
-    help="MPS_overall_checkpoint.pth, or its tensors as .safetensors; nothing in it is run  [default: weights/ or cache]",
+    help="MPS_overall_checkpoint.pth (nothing in it is run), or a .safetensors of it  [default: in weights/ or cache]",
 )
 @amp_option
 @user_errors

@@ -1,0 +1,1 @@
+"""Only the models; nothing is trained here."""
