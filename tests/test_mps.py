@@ -374,7 +374,7 @@ def test_wrong_inputs_are_refused(reward, images, prompts, message):
 
 def test_the_record_of_a_score(weights, reward):
     assert (reward.name, reward.version, reward.dtype) == ("mps_overall", "overall", "float32")
-    assert reward.preprocessing == "shortest-side-pillow-bicubic-28-transformers-offset-mask-0.3"
+    assert reward.preprocessing == "shortest-side-pillow-bicubic-28-transformers-crop-mask-0.3"
     assert reward.weights_sha256 == sha256_file(weights[0])
     with pytest.raises(UserError, match=r"amp.*needs a GPU"):
         RewardMPS(weights[0], sizes=TINY, amp=True)

@@ -175,6 +175,7 @@ def test_unfitting_folders_are_refused(tmp_path):
             "mixes images of schedule_type None, logsnr",
         ),
         (lambda rows: [{**rows[0], "seed": "2"}, *rows[1:]], "line 1 lacks file, seed or prompt"),
+        (lambda rows: [{**rows[0], "prompt": "half \ud83e"}, *rows[1:]], "line 1 lacks file, seed or prompt"),
         (lambda rows: [[1, 2], *rows], "line 1 lacks file, seed or prompt"),
         (lambda rows: [], "none of the 3 images"),
     ]

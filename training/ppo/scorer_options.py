@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import click
 
@@ -26,6 +28,11 @@ batch_size_option = click.option(
 device_option = click.option(
     "--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."
 )
+amp_option = click.option(
+    "--amp",
+    is_flag=True,
+    help="half precision on a GPU; changes the fourth digit; published scores of HPSv2 and CLIPScore have it",
+)
 OPTIONS = (
     click.option("--images", metavar="DIR", type=FILE, required=True, help="folder of images to score"),
     pattern_option,
@@ -37,15 +44,34 @@ OPTIONS = (
 )
 
 
-amp_option = click.option(
-    "--amp",
-    is_flag=True,
-    help="half precision on a GPU; changes the fourth digit; published scores of HPSv2 and CLIPScore have it",
-)
+@dataclass(frozen=True)
+class ScoreRequest:
+    """The options that all `score_*` commands share."""
+
+    images: Path
+    pattern: str
+    prompts: Path | None
+    output_json: Path | None
+    batch_size: int
+    device: str
 
 
-def scorer_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Give a click command the parameters `images pattern prompts output_json batch_size device`."""
+def scorer_options(command: Callable[Concatenate[ScoreRequest, P], R]) -> Callable[..., R]:
+    """Give a click command the shared options; it gets them as its first argument, and its own ones by name."""
+
+    @functools.wraps(command)
+    def with_request(
+        images: Path,
+        pattern: str,
+        prompts: Path | None,
+        output_json: Path | None,
+        batch_size: int,
+        device: str,
+        *args: P.args,
+        **own: P.kwargs,
+    ) -> R:
+        return command(ScoreRequest(images, pattern, prompts, output_json, batch_size, device), *args, **own)
+
     for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+        with_request = option(with_request)
+    return with_request

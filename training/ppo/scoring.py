@@ -28,6 +28,7 @@ from training.images import ImageError, load_image
 from training.manifest import GRID, MANIFEST
 from training.ppo.intervals import summarize
 from training.ppo.reward_base import Reward
+from training.ppo.scorer_options import ScoreRequest
 from training.prompts import load_prompts, prompts_for_seeds
 
 # What the manifest says about the sampling of a folder; a score file repeats it, so that tables can be made from it.
@@ -61,18 +62,6 @@ class ImageSet:
     folder: Path
     entries: list[ImageEntry]
     sampling: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """The options that all `score_*` commands share."""
-
-    images: Path
-    pattern: str
-    prompts: Path | None
-    output_json: Path | None
-    batch_size: int
-    device: str
 
 
 def collect_images(

@@ -70,9 +70,7 @@ class RewardMPS:
         self.model = model.to(torch.float32).eval().requires_grad_(False)
         load_strict(self.model, state, path, spare=SPARE)
         self.tokenizer = TransformersTokenizer()
-        self.preprocessing = (
-            f"shortest-side-pillow-bicubic-{sizes.clip.image_size}-transformers-crop-mask-{THRESHOLD}"
-        )
+        self.preprocessing = f"shortest-side-pillow-bicubic-{sizes.clip.image_size}-transformers-crop-mask-{THRESHOLD}"
         with self._arithmetic(), exact_float32():
             self.condition = self._encode_texts([OVERALL])[0][0]  # [77, W]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.scorer_options import FILE, scorer_options
+from training.ppo.scorer_options import FILE, ScoreRequest, scorer_options
 
 
 @click.command(help=__doc__)
@@ -15,25 +15,15 @@ from training.ppo.scorer_options import FILE, scorer_options
 @click.option("--metric", type=click.Choice(["reward", "heldout"]), default="reward", show_default=True)
 @click.option("--weights", metavar="DIR", type=FILE, help="CLIP folder  [default: src/embedded/reward or .../heldout]")
 @user_errors
-def main(
-    images: Path,
-    pattern: str,
-    prompts: Path | None,
-    output_json: Path | None,
-    batch_size: int,
-    device: str,
-    metric: str,
-    weights: Path | None,
-) -> None:
+def main(request: ScoreRequest, metric: str, weights: Path | None) -> None:
     from training.ppo.reward_multi import create_reward
-    from training.ppo.scoring import ScoreRequest, score_folder
+    from training.ppo.scoring import score_folder
 
     reward_type = f"emoji_{metric}"
-    request = ScoreRequest(images, pattern, prompts, output_json, batch_size, device)
     score_folder(
         request,
         reward_type,
-        lambda device: create_reward(reward_type, weights=weights, device=device, batch_size=batch_size),
+        lambda device: create_reward(reward_type, weights=weights, device=device, batch_size=request.batch_size),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.scorer_options import FILE, amp_option, scorer_options
+from training.ppo.scorer_options import FILE, ScoreRequest, amp_option, scorer_options
 
 
 @click.command(help=__doc__)
@@ -17,23 +17,11 @@ from training.ppo.scorer_options import FILE, amp_option, scorer_options
 @click.option("--architecture", default="ViT-H-14", show_default=True, help="open_clip model that the weights are for")
 @amp_option
 @user_errors
-def main(
-    images: Path,
-    pattern: str,
-    prompts: Path | None,
-    output_json: Path | None,
-    batch_size: int,
-    device: str,
-    weights: Path | None,
-    version: str,
-    architecture: str,
-    amp: bool,
-) -> None:
+def main(request: ScoreRequest, weights: Path | None, version: str, architecture: str, amp: bool) -> None:
     from training.ppo.reward_hps import RewardHPS
-    from training.ppo.scoring import ScoreRequest, score_folder
+    from training.ppo.scoring import score_folder
 
-    request = ScoreRequest(images, pattern, prompts, output_json, batch_size, device)
-    options = {"batch_size": batch_size, "amp": amp, "architecture": architecture, "version": version}
+    options = {"batch_size": request.batch_size, "amp": amp, "architecture": architecture, "version": version}
     score_folder(request, f"hps_{version}", lambda device: RewardHPS(weights, device=device, **options))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.scorer_options import FILE, amp_option, scorer_options
+from training.ppo.scorer_options import FILE, ScoreRequest, amp_option, scorer_options
 
 
 @click.command(help=__doc__)
@@ -20,21 +20,11 @@ from training.ppo.scorer_options import FILE, amp_option, scorer_options
 )
 @amp_option
 @user_errors
-def main(
-    images: Path,
-    pattern: str,
-    prompts: Path | None,
-    output_json: Path | None,
-    batch_size: int,
-    device: str,
-    weights: Path | None,
-    amp: bool,
-) -> None:
+def main(request: ScoreRequest, weights: Path | None, amp: bool) -> None:
     from training.ppo.reward_models.mps import RewardMPS
-    from training.ppo.scoring import ScoreRequest, score_folder
+    from training.ppo.scoring import score_folder
 
-    request = ScoreRequest(images, pattern, prompts, output_json, batch_size, device)
-    options = {"batch_size": batch_size, "amp": amp}
+    options = {"batch_size": request.batch_size, "amp": amp}
     score_folder(request, RewardMPS.name, lambda device: RewardMPS(weights, device=device, **options))
 
 
