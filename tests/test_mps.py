@@ -626,7 +626,11 @@ def test_calls_are_refused_by_name(tmp_path, name):
         *(call, {"w": call}, module({"w": call}), module({"w": tensor()}, {"a": call})),
         *(module({"w": tensor(call)}), module({"w": tensor()}, passing=[call])),
     ):
-        refused(tmp_path, content, rf"asks for '.*{name.split('.')[-1]}', which MPS does not need; do not open it")
+        refused(
+            tmp_path,
+            content,
+            rf"asks for '.*{name.split('.')[-1]}', which an MPS checkpoint does not need; do not open it",
+        )
     refused(tmp_path, pickle.dumps(module({"w": call}), 4), "opcode|asks for")
 
 

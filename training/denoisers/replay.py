@@ -14,11 +14,17 @@ from tqdm import tqdm
 from dnnlib.util import cache_dir
 from torch_utils import distributed
 
-# Options of torch.compile. "max" tries many kernels for every matrix product: minutes of work for some percent.
-COMPILE_MODES: dict[str, dict[str, bool | int]] = {
+# Options of torch.compile. "max" tries many kernels for every size of matrix product, some 14 s each (H100), and says
+# nothing of them; tuning the pointwise kernels as well was slower in the end (docs/performance.md).
+COMPILE_MODES: dict[str, dict[str, bool | int | str]] = {
     "off": {},
     "default": {},
-    "max": {"max_autotune": True, "coordinate_descent_tuning": True},
+    "max": {
+        "max_autotune_gemm": True,
+        "max_autotune_conv_backends": "ATEN",
+        "max_autotune_report_choices_stats": False,
+        "autotune_num_choices_displayed": 0,
+    },
 }
 # Where the compiler keeps its results; it settles on a temporary folder when it is first imported, by diffusers too.
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"

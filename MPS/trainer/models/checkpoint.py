@@ -1,28 +1,25 @@
 """Read the tensors of an MPS checkpoint as data: the published file is a pickled module, which here is never run.
 
 `torch.save` makes a zip archive: `<name>/data.pkl`, a pickle that describes the object, and `<name>/data/<key>`, the
-raw numbers of each storage. A pickle is a program for a stack machine. This module is such a machine without the
-dangerous half: a global becomes a `Name`, a call becomes a `Built` record, and nothing is imported, called or
-instantiated. The records of the modules are then walked for their parameters and buffers, and only of those are numbers
-read. `training/pickle_reader.py` reads solver tables in the same way.
+raw numbers of each storage. `torch_utils.pickle_parser` turns the pickle into a description. The records of the modules
+in it are walked for their parameters and buffers, and only of those are numbers read.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import pickletools
 import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
 
 import torch
 from torch import Tensor
 
 from torch_utils.checkpoint import CheckpointError
+from torch_utils.pickle_parser import TORCH_OPCODES, Built, Dialect, Name, Persistent, PickleError, parse_pickle, quote
 from training.ppo.reward_base import looks_like, read_weights
 
 KIND = "an MPS checkpoint"
@@ -49,43 +46,13 @@ DTYPES = {
 PACKAGES = ("trainer", "transformers", "torch", "collections")
 SETS = (("__builtin__", "set"), ("builtins", "set"))
 
-VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# What pickles of protocol 2 are made of, in which torch writes.
-OPCODES = {*VALUES, *CONSTANTS, *EMPTY, *TUPLES} | {
-    *("PROTO", "STOP", "MARK", "TUPLE", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "GLOBAL", "REDUCE", "NEWOBJ"),
-    *("BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
-}
-
-
-class ReadError(Exception):
-    """What is wrong with a file, without its name."""
-
-
-@dataclass(frozen=True)
-class Name:
-    """A global that the file asks for; only its name, never the object."""
-
-    module: str
-    name: str
-
-
-@dataclass(eq=False)
-class Built:
-    """What the file wants to get by calling `name` with `args`; `state` is what it wants to set on the result."""
-
-    name: Name
-    args: tuple
-    state: object = None
-
-
-@dataclass(frozen=True, eq=False)
-class Persistent:
-    """A persistent id: the description of a storage."""
-
-    key: object
+DIALECT = Dialect(
+    "an MPS checkpoint",
+    TORCH_OPCODES,
+    lambda module, name: module.split(".")[0] in PACKAGES or (module, name) in SETS,
+    MAX_OPCODES,
+    keys=str | int,
+)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -101,7 +68,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             with _CappedFile(path) as file, zipfile.ZipFile(file) as archive:
                 state = _read_archive(archive, path.stat().st_size)
-        except ReadError as error:
+        except PickleError as error:
             raise CheckpointError(f"{path} cannot be read as {KIND}: {error}") from error
         # zipfile's exceptions for damaged archives; a RuntimeError for encryption and unknown features.
         except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, OverflowError, struct.error) as error:
@@ -133,144 +100,33 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> dict[str, Tensor]:
     members = {member.filename: member for member in archive.infolist()}
     for member in members.values():
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            raise ReadError("the archive is compressed, which torch never does")
+            raise PickleError("the archive is compressed, which torch never does")
     if sum(member.file_size for member in archive.infolist()) > size:
-        raise ReadError("the archive claims to hold more bytes than the file has")
+        raise PickleError("the archive claims to hold more bytes than the file has")
     pickles = [name for name in members if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise ReadError(f"it holds {len(pickles)} members named data.pkl instead of one")
+        raise PickleError(f"it holds {len(pickles)} members named data.pkl instead of one")
     folder = pickles[0].removesuffix("data.pkl")
     order = members.get(f"{folder}byteorder")
     if order is not None and (order.file_size > 6 or archive.read(order) != b"little"):
-        raise ReadError("its numbers are not little-endian")
+        raise PickleError("its numbers are not little-endian")
     if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
-        raise ReadError(f"its pickle has more than {MAX_PICKLE_BYTES} bytes, far more than MPS needs")
-    content = _Machine(archive.read(members[pickles[0]])).parse()
+        raise PickleError(f"its pickle has more than {MAX_PICKLE_BYTES} bytes, far more than MPS needs")
+    content = parse_pickle(io.BytesIO(archive.read(members[pickles[0]])), DIALECT)
     storages = _Storages(archive, members, f"{folder}data/")
     state: dict[str, Tensor] = {}
     for name, value in _named_tensors(content):
         if name in state:
-            raise ReadError(f"it has two tensors named {name}")
+            raise PickleError(f"it has two tensors named {name}")
         state[name] = storages.tensor(name, value)
     return state
-
-
-class _Machine:
-    """Parses one pickle; what stands behind its STOP is not looked at."""
-
-    def __init__(self, data: bytes) -> None:
-        self.stream = io.BytesIO(data)
-        self.stack: list = []
-        self.marks: list[int] = []  # heights of the stack at each open MARK
-        self.memo: dict[int, object] = {}
-
-    def parse(self) -> object:
-        for _ in range(MAX_OPCODES):
-            opcode, arg = self._read()
-            if opcode == "STOP":
-                value = self._pop()
-                if self.stack or self.marks:
-                    raise ReadError("damaged pickle: values are left over at its end")
-                return value
-            self._step(opcode, arg)
-        raise ReadError(f"its pickle has more than {MAX_OPCODES} opcodes, far more than MPS needs")
-
-    def _read(self) -> tuple[str, object]:
-        offset = self.stream.tell()
-        code = self.stream.read(1)
-        if not code:
-            raise ReadError("the pickle is cut short")
-        opcode = pickletools.code2op.get(code.decode("latin-1"))
-        if opcode is None or opcode.name not in OPCODES:
-            label = f"byte 0x{code.hex()}" if opcode is None else f"opcode {opcode.name}"
-            raise ReadError(f"its pickle has at offset {offset} the {label}, which torch does not write")
-        try:
-            return opcode.name, opcode.arg.reader(self.stream) if opcode.arg else None
-        except ValueError as error:  # pickletools reports every malformed or truncated argument so
-            raise ReadError(f"the pickle is damaged or cut short at offset {offset}") from error
-
-    def _step(self, opcode: str, arg: object) -> None:
-        push = self.stack.append
-        match opcode:
-            case "PROTO":
-                pass
-            case _ if opcode in VALUES:
-                push(arg)
-            case _ if opcode in CONSTANTS:
-                push(CONSTANTS[opcode])
-            case _ if opcode in EMPTY:
-                push(EMPTY[opcode]())
-            case "MARK":
-                self.marks.append(len(self.stack))
-            case "TUPLE":
-                push(tuple(self._pop_to_mark()))
-            case _ if opcode in TUPLES:
-                push(tuple([self._pop() for _ in range(TUPLES[opcode])][::-1]))
-            case "APPEND" | "APPENDS":
-                items = self._pop_to_mark() if opcode == "APPENDS" else [self._pop()]
-                self._top(list).extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = self._pop_to_mark() if opcode == "SETITEMS" else [self._pop(), self._pop()][::-1]
-                self._set_items(items)
-            case "BINPUT" | "LONG_BINPUT":
-                self.memo[arg] = self._top(object)
-            case "BINGET" | "LONG_BINGET":
-                if arg not in self.memo:
-                    raise ReadError("damaged pickle: it recalls a value that it never stored")
-                push(self.memo[arg])
-            case "GLOBAL":
-                push(self._name(*arg.split(" ", 1)))
-            case "REDUCE" | "NEWOBJ":
-                args, name = self._pop(tuple), self._pop(Name)
-                push({} if name == Name("collections", "OrderedDict") and not args else Built(name, args))
-            case "BUILD":
-                state, built = self._pop(), self._top(Built | dict)
-                if isinstance(built, Built):  # what is set on a dict, such as a state dict's versions, is not needed
-                    built.state = state
-            case "BINPERSID":
-                push(Persistent(self._pop()))
-
-    def _pop(self, kind: type | UnionType = object):
-        value = self._top(kind)
-        self.stack.pop()
-        return value
-
-    def _top(self, kind: type | UnionType):
-        """The top of the stack above the last mark, which must be of type `kind`."""
-        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise ReadError("damaged pickle: a value is missing")
-        if not isinstance(self.stack[-1], kind):
-            raise ReadError(f"damaged pickle: a {type(self.stack[-1]).__name__} stands where it does not belong")
-        return self.stack[-1]
-
-    def _pop_to_mark(self) -> list:
-        if not self.marks:
-            raise ReadError("damaged pickle: a mark is missing")
-        height = self.marks.pop()
-        items = self.stack[height:]
-        del self.stack[height:]
-        return items
-
-    def _set_items(self, items: list) -> None:
-        target, keys, values = self._top(dict), items[::2], items[1::2]
-        # Nothing but texts and numbers: the hash of deeply nested tuples would overflow the interpreter's stack.
-        if len(keys) != len(values) or not all(isinstance(key, str | int) for key in keys):
-            raise ReadError("damaged pickle: a dict has a key that is neither text nor number, or lacks a value")
-        target.update(zip(keys, values, strict=True))
-
-    def _name(self, module: str, name: str) -> Name:
-        if module.split(".")[0] not in PACKAGES and (module, name) not in SETS:
-            raise ReadError(
-                f"it asks for {_quote(f'{module}.{name}')}, which MPS does not need; do not open it elsewhere"
-            )
-        return Name(module, name)
 
 
 def _named_tensors(content: object) -> Iterator[tuple[str, Built]]:
     """(name, record) of every tensor of a state dict, or of every parameter and persistent buffer of a module."""
     if isinstance(content, dict):
         if not content or not all(isinstance(value, Built) for value in content.values()):
-            raise ReadError(f"it {looks_like(_quote(name)[1:-1] for name in content)}")
+            raise PickleError(f"it {looks_like(quote(name)[1:-1] for name in content)}")
         yield from ((_join("", name), value) for name, value in content.items())
         return
     todo, parts = [("", content)], 0
@@ -279,7 +135,7 @@ def _named_tensors(content: object) -> Iterator[tuple[str, Built]]:
         parameters, buffers, passing, modules = _fields(prefix, module)
         parts += 1 + len(parameters) + len(buffers) + len(passing) + len(modules)
         if parts > MAX_PARTS:
-            raise ReadError(f"it has more than {MAX_PARTS} modules and tensors, far more than MPS")
+            raise PickleError(f"it has more than {MAX_PARTS} modules and tensors, far more than MPS")
         for tensors, left_out in ((parameters, set()), (buffers, passing)):
             for name, value in tensors.items():
                 if value is not None and name not in left_out:
@@ -300,12 +156,12 @@ def _fields(prefix: str, module: object) -> tuple[dict, dict, set, dict]:
             }
         ):
             return parameters, buffers, {name for name in passing if isinstance(name, str)}, modules
-    raise ReadError(f"it is no pickled module: {prefix or 'the whole'} lacks the fields of one")
+    raise PickleError(f"it is no pickled module: {prefix or 'the whole'} lacks the fields of one")
 
 
 def _join(prefix: str, name: object) -> str:
     if not isinstance(name, str) or not (name.isascii() and name.isprintable()) or len(prefix + name) > MAX_NAME:
-        raise ReadError(f"it has a module or tensor with the impossible name {_quote(name)}")
+        raise PickleError(f"it has a module or tensor with the impossible name {quote(name)}")
     return prefix + name
 
 
@@ -336,26 +192,26 @@ class _Storages:
             ) if kind in DTYPES:
                 pass
             case _:
-                raise ReadError(f"{name} is not stored as a plain tensor")
+                raise PickleError(f"{name} is not stored as a plain tensor")
         numbers = (count, offset, *size, *stride)
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-            raise ReadError(f"{name} has an impossible shape")
+            raise PickleError(f"{name} has an impossible shape")
         if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
-            raise ReadError(f"{name} has an impossible shape")
+            raise PickleError(f"{name} has an impossible shape")
         storage = self._storage(name, key, DTYPES[kind], count)
         elements, last = math.prod(size), offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         # More elements than numbers would be a huge tensor out of a small file, by strides of 0.
         if elements > count or (elements and last >= count):
-            raise ReadError(f"{name} reaches beyond its storage of {count} numbers")
+            raise PickleError(f"{name} reaches beyond its storage of {count} numbers")
         return storage.as_strided(size, stride, offset) if elements else storage.new_empty(size)
 
     def _storage(self, name: str, key: str, dtype: torch.dtype, count: int) -> Tensor:
         """All numbers of one member, which must be as many as the pickle says."""
         member = self.members.get(self.folder + key)
         if member is None:
-            raise ReadError(f"the numbers of {name} are missing")
+            raise PickleError(f"the numbers of {name} are missing")
         if member.file_size != count * dtype.itemsize:
-            raise ReadError(f"{name} should have {count} numbers, but {member.file_size} bytes are stored")
+            raise PickleError(f"{name} should have {count} numbers, but {member.file_size} bytes are stored")
         if key not in self.loaded:
             self.loaded[key] = self._bytes(member)
         return self.loaded[key].view(dtype)
@@ -370,10 +226,5 @@ class _Storages:
                 data[place : place + len(chunk)] = chunk
                 place += len(chunk)
         if place != member.file_size:
-            raise ReadError("its numbers are cut short")
+            raise PickleError("its numbers are cut short")
         return torch.frombuffer(data, dtype=torch.uint8)
-
-
-def _quote(value: object) -> str:
-    """A short printable form of a text or number from the file."""
-    return ascii(value)[:100]
