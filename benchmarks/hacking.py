@@ -24,6 +24,7 @@ from training.ppo.config import Config, check_files, flatten, load_config
 from training.ppo.inputs import Inputs, split_prompts, start_table
 from training.ppo.launch import Models, load_backbone, train
 from training.ppo.reward_base import check_inputs
+from training.ppo.reward_mix import RewardMix
 from training.ppo.reward_multi import create_reward
 from training.ppo.run_dir import RunDirectory
 
@@ -83,7 +84,8 @@ def train_hacked(config: Config, device: str) -> int:
     try:
         where, batch_size = distributed.device(), config.reward.batch_size
         net = load_backbone(config)
-        models = Models(net, SaturationReward(), [create_reward(HELD_OUT, device=where, batch_size=batch_size)])
+        held_out = create_reward(HELD_OUT, device=where, batch_size=batch_size)
+        models = Models(net, RewardMix.of(SaturationReward()), [held_out])
         return train(config, Inputs(start_table(config), *split_prompts(config)), models, "never")
     finally:
         distributed.shutdown()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.learning_lines import Line
 from torch_utils.errors import UserError
 from training.ppo.policy import TableArrays
-from training.ppo.rl_runner import Draw, EPDRolloutRunner, ImageScorer, Rollout
+from training.ppo.rl_runner import Draw, EPDRolloutRunner, ImageScorer, Rollout, first_broken
 from training.table import SolverTable
 
 # Training images after which a mean table is evaluated, at the end of the step that reaches them; and at the last step.
@@ -90,11 +90,11 @@ class BatchScorer:
     def gradients(
         self, tables: TableArrays, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[Tensor, TableArrays]:
-        """`[B]` scores of the first reward, and their gradients `[B, N-1, K]`."""
+        """`[B]` scores of the mix's one reward, and their gradients `[B, N-1, K]`."""
         scores, gradients = [], []
         for rows in _pieces(len(prompts), self.gradient_chunk):
             part, slopes = self.scorer.gradients(_select(tables, rows), prompts[rows], seeds[rows])
-            scores.append(part)
+            scores.append(part[:, 0])
             gradients.append(slopes)
             self.images += len(part)
         return torch.cat(scores), TableArrays(*(torch.cat(parts) for parts in zip(*gradients, strict=True)))
@@ -119,16 +119,14 @@ def join_draws(draws: Sequence[Draw]) -> tuple[TableArrays, list[str], list[int]
 
 
 def roll_out(draws: Sequence[Draw], scorer: BatchScorer, with_gradients: bool) -> list[Rollout | UserError]:
-    """The rollouts of several draws, made as one batch.
-
-    Where a reward is not a number, each draw is made by itself, and those that fail give their error.
-    """
-    try:
-        return _roll_out_together(draws, scorer, with_gradients)
-    except UserError as error:
-        if len(draws) == 1:
-            return [error]
-        return [outcome for draw in draws for outcome in roll_out([draw], scorer, with_gradients)]
+    """The rollouts of several draws, made as one batch; those with a reward that is not a number give an error."""
+    judges = scorer.scorer.rewards[:1]
+    outcomes: list[Rollout | UserError] = []
+    for rollout in _roll_out_together(draws, scorer, with_gradients):
+        broken = not rollout.rewards.isfinite().all()
+        prompts = rollout.draw.prompts
+        outcomes.append(UserError(first_broken(rollout.rewards[:, None], judges, prompts)) if broken else rollout)
+    return outcomes
 
 
 def _roll_out_together(draws: Sequence[Draw], scorer: BatchScorer, with_gradients: bool) -> list[Rollout]:

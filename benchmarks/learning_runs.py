@@ -63,6 +63,7 @@ from training.ppo.pathwise import Pathwise
 from training.ppo.policy import EPDParamPolicy, create_policy
 from training.ppo.ppo_trainer import create_learner
 from training.ppo.rdpo import RDPO
+from training.ppo.reward_mix import RewardMix
 from training.ppo.reward_multi import create_reward
 from training.ppo.rl_runner import EPDRolloutRunner
 from training.solver_table import SolverTable
@@ -101,8 +102,9 @@ class Workbench:
         config = run_config(setting, Line("judge"), 0, 1024, self.eval_prompts)
         _, prompts = split_prompts(config)
         cold = self.starts(setting).get("cold", 0).table
+        trained, *metrics = self.rewards
         evaluator = MeanTableEvaluator(
-            self.net(setting.guidance), self.rewards, prompts, cold, config.evaluation, micro_batch=None
+            self.net(setting.guidance), RewardMix.of(trained), metrics, prompts, cold, config.evaluation, None
         )
         return Judge(BatchScorer(evaluator.scorer, self.chunk, 1), evaluator.prompts, evaluator.seeds)
 
@@ -199,7 +201,7 @@ def create_run(config: Config, line: Line, start: Start, bench: Workbench, promp
     """One run, before its first step."""
     learner, mean_table = ALGORITHMS[line.algorithm](config, start.table)
     net = bench.net(config.model.guidance_rate)
-    runner = EPDRolloutRunner(net, bench.rewards[0], prompts, start.table, config.ppo, config.run.seed)
+    runner = EPDRolloutRunner(net, RewardMix.of(bench.rewards[0]), prompts, start.table, config.ppo, config.run.seed)
     return Run(line, config.run.seed, learner, mean_table, runner, config.ppo.steps, start.images)
 
 
@@ -331,7 +333,7 @@ def measure_time(part: Part, setting: Setting, bench: Workbench, say: Callable[[
     if not wanted:
         return
     net = create_model("emoji", guidance_rate=setting.guidance, device=bench.device)
-    reward = create_reward(REWARD, device=bench.device)
+    mix = RewardMix.of(create_reward(REWARD, device=bench.device))
     cold = bench.starts(setting).get("cold", 0).table
     for line in wanted:
         batch = f"ppo.rollout_batch_size={TIMED_BATCH}"
@@ -339,7 +341,7 @@ def measure_time(part: Part, setting: Setting, bench: Workbench, say: Callable[[
         config = run_config(setting, sized, 0, 1024, bench.eval_prompts)
         training, _ = split_prompts(config)
         learner, _ = ALGORITHMS[line.algorithm](config, cold)
-        runner = EPDRolloutRunner(net, reward, training, cold, config.ppo, 0)
+        runner = EPDRolloutRunner(net, mix, training, cold, config.ppo, 0)
         part.add({"line": line.label, **timed(learner, runner)})
         say(f"time: {line.label}, {part.rows[-1]['seconds_per_image']:.4f} s per image")
 

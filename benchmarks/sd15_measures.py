@@ -22,6 +22,7 @@ from training.ppo.config import PPOConfig
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.rdpo import RDPO
 from training.ppo.reward_base import Reward
+from training.ppo.reward_mix import RewardMix
 from training.ppo.rl_runner import EPDRolloutRunner, ImageScorer, Rollout
 from training.table import SolverTable
 
@@ -161,7 +162,7 @@ def ppo_steps(net: StableDiffusion, reward: Reward, images: int, repeats: int) -
     ppo = PPOConfig(steps=100, rollout_batch_size=images, rloo_k=4, rollout_micro_batch=STEP_IMAGES)
     policy = EPDParamPolicy(start)
     learner = RDPO(policy, ppo, seed=0)
-    runner = EPDRolloutRunner(net, reward, prompts(2 * images), start, ppo, seed=0)
+    runner = EPDRolloutRunner(net, RewardMix.of(reward), prompts(2 * images), start, ppo, seed=0)
     rollouts, updates, losses = [], [], []
 
     def step(number: int) -> None:
@@ -242,7 +243,7 @@ def measure_gradients(part: Part, net: StableDiffusion, reward: Reward, micro_ba
     start = cold_start_table(INTERVALS + 1, 2)
     arrays = EPDParamPolicy(start).mean_sample(STEP_IMAGES).arrays
     for micro_batch in micro_batches:
-        scorer = ImageScorer(net, [reward], start, micro_batch)
+        scorer = ImageScorer(net, RewardMix.of(reward), start, micro_batch)
 
         def work(scorer: ImageScorer = scorer) -> None:
             for part in scorer.batches(range(STEP_IMAGES)):

@@ -142,7 +142,7 @@ BAD_OVERRIDES = [
     ("model.num_points=null", "model.num_steps and model.num_points are needed to build the start table"),
     ("run.run_name=../x", "run.run_name='../x' must be a plain folder name"),
     ("run.run_name=''", "run.run_name='' must be a plain folder name"),
-    ("evaluation.metrics=[hps]", "evaluation.metrics holds hps, the trained reward"),
+    ("evaluation.metrics=[hps]", "evaluation.metrics holds hps, a trained reward"),
     ("data.prompt_csv=/no/such.txt", "data.prompt_csv=/no/such.txt does not exist"),
     ("data.predictor_snapshot=/no/such.pkl", "data.predictor_snapshot=/no/such.pkl does not exist; make a start table"),
     ("evaluation.prompt_file=/no/such.txt", "evaluation.prompt_file=/no/such.txt does not exist"),

@@ -12,6 +12,7 @@ from training.generate import table_schedule
 from training.ppo.cold_start import cold_start_table
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.reward_base import exact_float32
+from training.ppo.reward_mix import RewardMix
 from training.ppo.reward_multi import create_reward
 from training.ppo.rl_runner import ImageScorer
 
@@ -75,7 +76,7 @@ def test_gradients_on_the_gpu_point_where_those_on_the_cpu_do(precision):
     found = []
     for device, kind in (("cpu", "float32"), ("cuda", precision)):
         net = create_model("emoji", guidance_rate=1.0, device=device, precision=kind)
-        scorer = ImageScorer(net, [create_reward("emoji_reward", device=device)], start, None)
+        scorer = ImageScorer(net, RewardMix.of(create_reward("emoji_reward", device=device)), start, None)
         with exact_float32():
             scores, gradients = scorer.gradients(sample.arrays, ["a red heart", "a cat"], [1, 2])
         found.append((scores, torch.cat([part.sum(0).flatten() for part in gradients])))

@@ -40,6 +40,7 @@ from training.ppo.config import Config, PathwiseConfig, PPOConfig, load_config
 from training.ppo.pathwise import Pathwise
 from training.ppo.policy import EPDParamPolicy, TableArrays, create_policy
 from training.ppo.rdpo import RDPO
+from training.ppo.reward_mix import RewardMix
 from training.ppo.reward_multi import create_reward
 from training.ppo.rl_runner import Draw, EPDRolloutRunner, ImageScorer, Rollout
 
@@ -56,13 +57,14 @@ def learn(*arguments):
 def toy_run(line, seed=0, images=256, reward=REWARDS[0]):
     config = run_config(TOY, line, seed, images, eval_prompts=4)
     learner, mean_table = ALGORITHMS[line.algorithm](config, START)
-    runner = EPDRolloutRunner(ToyDenoiser(), reward, PROMPTS, START, config.ppo, seed)
+    runner = EPDRolloutRunner(ToyDenoiser(), RewardMix.of(reward), PROMPTS, START, config.ppo, seed)
     return Run(line, seed, learner, mean_table, runner, config.ppo.steps)
 
 
 def toy_lockstep(chunk=1000):
-    judge = Judge(BatchScorer(ImageScorer(ToyDenoiser(), REWARDS, START, None), chunk, 1), PROMPTS[:4], range(4))
-    return Lockstep(BatchScorer(ImageScorer(ToyDenoiser(), REWARDS[:1], START, None), chunk, 16), judge, lambda n: None)
+    net, mix = ToyDenoiser(), RewardMix.of(REWARDS[0])
+    judge = Judge(BatchScorer(ImageScorer(net, mix, START, None, REWARDS[1:]), chunk, 1), PROMPTS[:4], range(4))
+    return Lockstep(BatchScorer(ImageScorer(net, mix, START, None), chunk, 16), judge, lambda n: None)
 
 
 # ----------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def closed_form_rewards(sample):
 
 
 def stand_in_runner(ppo):
-    return EPDRolloutRunner(ToyDenoiser(), REWARDS[0], PROMPTS, START, ppo, seed=0)
+    return EPDRolloutRunner(ToyDenoiser(), RewardMix.of(REWARDS[0]), PROMPTS, START, ppo, seed=0)
 
 
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"pathwise", "plain mean"}))

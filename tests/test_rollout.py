@@ -14,8 +14,9 @@ from training.ppo.cold_start import cold_start_table
 from training.ppo.config import EvaluationConfig, PPOConfig
 from training.ppo.evaluation import MeanTableEvaluator
 from training.ppo.policy import EPDParamPolicy, TableArrays
+from training.ppo.reward_mix import RewardMix
 from training.ppo.reward_multi import create_reward
-from training.ppo.rl_runner import EPDRolloutRunner, ImageScorer, PromptOrder, RolloutError
+from training.ppo.rl_runner import EPDRolloutRunner, ImageScorer, PromptOrder, first_broken
 from training.solver_table import SolverTable
 
 PROMPTS = [f"prompt {n}" for n in range(7)]
@@ -28,7 +29,7 @@ def start():
 
 def make_runner(reward=None, seed=3, **ppo):
     options = PPOConfig(**{"rollout_batch_size": 12, "rloo_k": 3, **ppo})
-    return EPDRolloutRunner(ToyDenoiser(), reward or ToyReward(), PROMPTS, start(), options, seed)
+    return EPDRolloutRunner(ToyDenoiser(), RewardMix.of(reward or ToyReward()), PROMPTS, start(), options, seed)
 
 
 def make_policy(concentration=20.0):
@@ -151,7 +152,7 @@ def test_draws_depend_on_run_seed_and_step_alone():
         assert not torch.equal(other.rewards, fresh.rewards)
 
 
-def test_a_reward_that_is_not_a_number_stops_with_its_prompt():
+def test_a_group_with_a_score_that_is_not_a_number_is_left_out():
     class Broken(ToyReward):
         def score(self, images, prompts):
             scores = super().score(images, prompts)
@@ -159,8 +160,15 @@ def test_a_reward_that_is_not_a_number_stops_with_its_prompt():
             return scores
 
     runner = make_runner(Broken())
-    with pytest.raises(RolloutError, match="toy_reward gave nan for the prompt 'prompt"):
-        roll_out(runner, make_policy(), step=1)
+    rollout = roll_out(runner, make_policy(), step=1)
+    prompts = rollout.draw.prompts
+    words = first_broken(rollout.raw, runner.mix.rewards, prompts)
+    assert words == f"toy_reward gave nan for the prompt {prompts[4]!r}"
+    kept, dropped = rollout.finite_groups()
+    assert dropped == 1 and len(kept.rewards) == 9 and kept.rewards.isfinite().all()
+    assert prompts[4] not in kept.draw.prompts and torch.equal(kept.rewards[:3], rollout.rewards[:3])
+    assert torch.equal(kept.draw.group_ids, torch.tensor([0, 0, 0, 2, 2, 2, 3, 3, 3]))
+    assert torch.equal(kept.draw.sample.log_prob[3:], rollout.draw.sample.log_prob[6:])
 
 
 def shifted(arrays, name, index, by):
@@ -185,7 +193,7 @@ def test_the_pathwise_gradient_is_the_derivative_of_the_reward(micro_batch):
     assert torch.equal(rollout.rewards, runner.rollout(draw).rewards)  # the very pixels that are scored otherwise
     assert rollout.gradients.positions.shape == (3, 3, 2)
     # The reward is of 8-bit pixels, a staircase: the difference quotient is taken on the unrounded ones.
-    scorer = ImageScorer(ToyDenoiser(), [Smooth()], start(), None)
+    scorer = ImageScorer(ToyDenoiser(), RewardMix.of(Smooth()), start(), None)
 
     def smooth_scores(arrays):
         x, _ = initial_latents(scorer.net, draw.prompts, draw.noise_seeds, scorer.sigmas)
@@ -206,7 +214,7 @@ def test_gradients_keep_no_activations_of_the_network():
 
     def kept(num_steps):
         table = cold_start_table(num_steps, 2)
-        scorer = ImageScorer(net, [reward], table, None)
+        scorer = ImageScorer(net, RewardMix.of(reward), table, None)
         sizes = []
 
         def pack(tensor):
@@ -232,8 +240,8 @@ def test_the_mean_draw_takes_every_prompt_once_with_the_mean_table():
 
 def make_evaluator(micro_batch=None, reward=None, prompts=PROMPTS, **options):
     evaluation = EvaluationConfig(**{"grid_images": 5, "seed": 1, **options})
-    rewards = [reward or ToyReward(), ToyReward("toy_spread", power=2)]
-    return MeanTableEvaluator(ToyDenoiser(), rewards, prompts, start(), evaluation, micro_batch)
+    judges = RewardMix.of(reward or ToyReward()), [ToyReward("toy_spread", power=2)]
+    return MeanTableEvaluator(ToyDenoiser(), *judges, prompts, start(), evaluation, micro_batch)
 
 
 def test_evaluation_is_the_same_every_time_and_in_any_batch():

@@ -19,7 +19,8 @@ from training.ppo.policy import EPDParamPolicy
 from training.ppo.ppo_trainer import PPOTrainer
 from training.ppo.rdpo import RDPO
 from training.ppo.reporting import Progress, append_line, drop_lines_after
-from training.ppo.rl_runner import Draw, Rollout
+from training.ppo.reward_mix import RewardMix
+from training.ppo.rl_runner import Draw, EPDRolloutRunner, Rollout
 from training.ppo.run_dir import RunDirectory, RunError, open_run
 from training.table import SolverTable, load_table
 
@@ -102,7 +103,7 @@ class HackedReward(ToyReward):
 
 @pytest.mark.parametrize(("on_divergence", "steps"), [("flag", 8), ("stop", 4)])
 def test_a_reward_that_is_exploited_is_flagged_or_ends_the_run(toy, tmp_path, on_divergence, steps, capsys):
-    models = Models(ToyDenoiser(), HackedReward(), [ToyReward("toy_spread", power=2)])
+    models = Models(ToyDenoiser(), RewardMix.of(HackedReward()), [ToyReward("toy_spread", power=2)])
     options = ["ppo.steps=8", "ppo.learning_rate=0.3", f"evaluation.on_divergence={on_divergence}"]
     assert run_toy(toy, "never", options, models) == 0
     directory = only_run(tmp_path)
@@ -124,7 +125,8 @@ def test_pathwise_learns_the_toy_and_resumes(toy, tmp_path):
     rewards = [record["reward_mean"] for record in lines(undisturbed.evaluations)]
     assert rewards[-1] > rewards[0] + 0.5 * (-0.0798 - rewards[0])
 
-    run_toy(toy, "never", options, Models(ToyDenoiser(), SignalAfter(3, signal.SIGTERM), toy_models().metrics))
+    interrupted = RewardMix.of(SignalAfter(3, signal.SIGTERM))
+    run_toy(toy, "never", options, Models(ToyDenoiser(), interrupted, toy_models().metrics))
     run_toy(toy, "auto", options)
     directory = only_run(tmp_path)
     assert_same_policy(final_state(undisturbed), final_state(directory))
@@ -146,7 +148,7 @@ def test_too_many_images_for_the_gpu_are_said_and_fewer_go_on(toy, tmp_path):
             return super().score(images, prompts)
 
     with pytest.raises(UserError, match=r"^step 4: .* fewer images at once with ppo.rollout_micro_batch \(now null, "):
-        run_toy(toy, "never", [], Models(ToyDenoiser(), Hungry(), toy_models().metrics))
+        run_toy(toy, "never", [], Models(ToyDenoiser(), RewardMix.of(Hungry()), toy_models().metrics))
     run_toy(toy, "auto", ["ppo.rollout_micro_batch=4"])
     directory = only_run(tmp_path)
     run_toy(toy, "never", [f"run.output_root={tmp_path}/undisturbed"])
@@ -346,7 +348,7 @@ def test_a_signal_finishes_the_step_and_the_resumed_run_equals_an_undisturbed_on
     (folder,) = (tmp_path / "undisturbed").iterdir()
     undisturbed = RunDirectory(folder)
 
-    models = Models(ToyDenoiser(), SignalAfter(3, signum), toy_models().metrics)
+    models = Models(ToyDenoiser(), RewardMix.of(SignalAfter(3, signum)), toy_models().metrics)
     assert run_toy(toy, "auto", options, models) == signum
     directory = only_run(tmp_path)
     assert directory.latest_checkpoint() == directory.checkpoint(3)
@@ -378,7 +380,7 @@ def open_and_close(config_path, overrides, resume):
 
 
 def test_auto_continues_only_an_equal_run(toy, tmp_path):
-    stop_early = Models(ToyDenoiser(), SignalAfter(3, signal.SIGTERM), toy_models().metrics)
+    stop_early = Models(ToyDenoiser(), RewardMix.of(SignalAfter(3, signal.SIGTERM)), toy_models().metrics)
     run_toy(toy, "never", [], stop_early)
     unfinished = only_run(tmp_path)
     assert open_and_close(toy, [], "auto") == (unfinished, unfinished.checkpoint(3))
@@ -440,8 +442,10 @@ def test_a_checkpoint_of_another_run_is_refused(toy, tmp_path):
     checkpoint.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged"):
         run_toy(toy, str(directory.path), ["ppo.steps=5"])
-    other = EPDParamPolicy(SolverTable(positions=[[0.2, 0.6]] * 3, weights=[[0.5, 0.5]] * 3))
-    trainer = PPOTrainer(Config(), other, None, None, directory)
+    table = SolverTable(positions=[[0.2, 0.6]] * 3, weights=[[0.5, 0.5]] * 3, schedule_type="polynomial")
+    other = EPDParamPolicy(table)
+    runner = EPDRolloutRunner(ToyDenoiser(), toy_models().mix, ["a"], table, PPOConfig(), seed=0)
+    trainer = PPOTrainer(Config(), other, runner, None, directory)
     with pytest.raises(CheckpointError, match="another start table"):
         trainer.resume(directory.checkpoint(2))
 

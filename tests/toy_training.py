@@ -17,6 +17,7 @@ from torch_utils import distributed
 from training.ppo.config import Config, load_config
 from training.ppo.inputs import Inputs, split_prompts, start_table
 from training.ppo.launch import Models, train
+from training.ppo.reward_mix import RewardMix
 
 STD = 0.1
 
@@ -112,7 +113,7 @@ def toy_inputs(config: Config) -> Inputs:
 
 
 def toy_models() -> Models:
-    return Models(ToyDenoiser(), ToyReward(), [ToyReward("toy_spread", power=2)])
+    return Models(ToyDenoiser(), RewardMix.of(ToyReward()), [ToyReward("toy_spread", power=2)])
 
 
 def run_toy(path: Path, resume: str, overrides: list[str], models: Models | None = None) -> int:

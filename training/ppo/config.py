@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -66,11 +67,27 @@ class DistillConfig:
 
 
 @dataclass
+class RewardComponent:
+    """One of `reward.components`."""
+
+    type: str = ""  # as reward.type, but not mixed
+    weight: float = 1.0  # negative for what should fall; 0: neither loaded nor counted
+    # none; clamp01: cut to [0, 1]; /N: divided by the number N; zscore: by mean and spread of the scores so far;
+    # published: as the published training code does, see PUBLISHED_TRANSFORMS
+    transform: str = "none"
+    weights_path: str | None = None  # null: the reward's usual place
+
+
+@dataclass
 class RewardConfig:
+    # hps, clip, aesthetic, pick, imagereward, mps, emoji_reward, emoji_heldout; mixed: the components; or a function of
+    # your own as package.module:function, called with images [N, 3, H, W] in [0, 1] and N prompts, for N scores
     type: str = "hps"
     weights_path: str | None = None  # null: the reward's usual place
     batch_size: int = 32  # images per forward of the reward model
     enable_amp: bool = False  # half precision on a GPU; scores then differ in the fourth digit
+    # of type mixed: sum of weight * transform(score), over the sum of the weights' sizes
+    components: list[RewardComponent] = field(default_factory=list)
 
 
 @dataclass
@@ -110,6 +127,8 @@ class PPOConfig:
     kl_coef: float = 0.0  # weight of KL(policy || start policy)
     entropy_coef: float = 0.0
     max_grad_norm: float | None = 1.0  # null: no limit
+    # A prompt with a score that is not a number is left out of its step; more of them in the whole run end it.
+    max_dropped_groups: int = 16
     # sum of a row's concentrations at the first step; larger explores less: 50 and null from a distilled table
     dirichlet_concentration: float = 10.0
     concentration_end: float | None = 100.0  # at the last step, reached geometrically; null: stays as it is
@@ -173,6 +192,19 @@ BACKBONE_NAMES = ("emoji", "ms_coco")
 GUIDANCE_TYPES = ("cfg",)
 PUBLISHED_REWARDS = ("hps", "clip", "aesthetic", "pick", "imagereward", "mps")
 REWARD_NAMES = (*PUBLISHED_REWARDS, "emoji_reward", "emoji_heldout")
+CUSTOM_REWARD = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # package.module:function
+MIXED = "mixed"
+# What the published training code makes of a score before it mixes: cut to [0, 1] after (score + shift) / divisor. Its
+# ImageReward adds three standard deviations of its authors' calibration.
+PUBLISHED_TRANSFORMS = {
+    "hps": (0.0, 1.0),
+    "clip": (0.0, 1.0),
+    "aesthetic": (0.0, 10.0),
+    "pick": (0.0, 26.0),
+    "imagereward": (3 * 1.0333394966054072, 10.0),
+}
+TRANSFORMS = ("none", "clamp01", "zscore", "published")
+DIVISION = re.compile(r"/\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)")
 # Inclusive lower limits; a null value is not checked.
 AT_LEAST = {
     "run.seed": 0,
@@ -194,6 +226,7 @@ AT_LEAST = {
     "ppo.minibatch_size": 1,
     "ppo.kl_coef": 0,
     "ppo.entropy_coef": 0,
+    "ppo.max_dropped_groups": 0,
     "evaluation.interval": 0,
     "evaluation.num_prompts": 1,
     "evaluation.seed": 0,
@@ -335,10 +368,10 @@ def check_values(config: Config) -> None:
             raise ConfigError(f"{key}={values[key]} must be above 0")
     if not config.run.run_name.strip() or Path(config.run.run_name).name != config.run.run_name:
         raise ConfigError(f"run.run_name={config.run.run_name!r} must be a plain folder name")
-    if config.reward.type in config.evaluation.metrics:
-        raise ConfigError(
-            f"evaluation.metrics holds {config.reward.type}, the trained reward, which is always reported"
-        )
+    _check_mix(config)
+    for trained in trained_rewards(config.reward):
+        if trained.type in config.evaluation.metrics:
+            raise ConfigError(f"evaluation.metrics holds {trained.type}, a trained reward, which is always reported")
     if config.evaluation.on_divergence == "stop" and not (config.evaluation.metrics and config.evaluation.interval):
         raise ConfigError(
             "evaluation.on_divergence=stop needs a held-out metric in evaluation.metrics and evaluations (interval > 0)"
@@ -352,6 +385,49 @@ def check_values(config: Config) -> None:
             "model.num_steps and model.num_points are needed to build the start table; "
             "set both, or name a table in data.predictor_snapshot"
         )
+
+
+def trained_rewards(reward: RewardConfig) -> list[RewardComponent]:
+    """What is trained on: the one reward, or the components whose weight is not 0."""
+    if reward.type != MIXED:
+        return [RewardComponent(reward.type, weights_path=reward.weights_path)]
+    return [component for component in reward.components if component.weight]
+
+
+def _check_mix(config: Config) -> None:
+    reward = config.reward
+    if (reward.type == MIXED) != bool(reward.components):
+        raise ConfigError(
+            f"reward.type={reward.type} with {len(reward.components)} reward.components: list components for the type "
+            f"{MIXED}, and for no other"
+        )
+    if reward.type != MIXED:
+        return
+    if reward.weights_path is not None:
+        raise ConfigError(f"reward.weights_path is for one reward; of type {MIXED} each component has its own")
+    for index, component in enumerate(reward.components):
+        key = f"reward.components[{index}]"
+        if not math.isfinite(component.weight):
+            raise ConfigError(f"{key}.weight={component.weight} must be a finite number")
+        division = DIVISION.fullmatch(component.transform)
+        if component.transform not in TRANSFORMS and not (division and float(division[1])):
+            raise ConfigError(
+                f"{key}.transform={component.transform} must be one of: {', '.join(TRANSFORMS)}, or / and a number"
+            )
+        if component.transform == "published" and component.type not in PUBLISHED_TRANSFORMS:
+            raise ConfigError(
+                f"{key}.transform=published is for {', '.join(PUBLISHED_TRANSFORMS)} only, not {component.type}"
+            )
+        if component.transform == "zscore" and config.trainer.algorithm == "pathwise":
+            raise ConfigError(
+                f"{key}.transform=zscore needs the scores before their gradients, which trainer.algorithm=pathwise "
+                "does not have; use another transform, for example /26"
+            )
+    trained = [component.type for component in trained_rewards(reward)]
+    if not trained:
+        raise ConfigError("reward.components: every weight is 0; give one of them another")
+    if repeated := {name for name in trained if trained.count(name) > 1}:
+        raise ConfigError(f"reward.components holds {', '.join(sorted(repeated))} more than once")
 
 
 def _check_batch(ppo: PPOConfig) -> None:
@@ -381,14 +457,23 @@ def check_names(config: Config) -> None:
     for key, value, known in (
         ("model.dataset_name", config.model.dataset_name, BACKBONE_NAMES),
         ("model.guidance_type", config.model.guidance_type, GUIDANCE_TYPES),
-        ("reward.type", config.reward.type, REWARD_NAMES),
-        *(("evaluation.metrics", name, REWARD_NAMES) for name in config.evaluation.metrics),
     ):
         if value not in known:
             raise ConfigError(f"{key}={value} is unknown; use one of {', '.join(known)}")
-    if config.reward.enable_amp and config.reward.type not in PUBLISHED_REWARDS:
+    named = [("evaluation.metrics", name) for name in config.evaluation.metrics]
+    if config.reward.type == MIXED:
+        places = enumerate(config.reward.components)
+        named += [(f"reward.components[{index}].type", component.type) for index, component in places]
+    else:
+        named.append(("reward.type", config.reward.type))
+    for key, value in named:
+        if value not in REWARD_NAMES and not CUSTOM_REWARD.fullmatch(value):
+            others = f"{MIXED}, or package.module:function" if key == "reward.type" else "or package.module:function"
+            raise ConfigError(f"{key}={value} is unknown; use one of {', '.join(REWARD_NAMES)}, {others}")
+    trained = [component.type for component in trained_rewards(config.reward)]
+    if config.reward.enable_amp and not set(trained) & set(PUBLISHED_REWARDS):
         raise ConfigError(
-            f"reward.enable_amp is for {', '.join(PUBLISHED_REWARDS)} only; {config.reward.type} is computed in float32"
+            f"reward.enable_amp is for {', '.join(PUBLISHED_REWARDS)} only; {', '.join(trained)} is computed in float32"
         )
 
 

@@ -14,6 +14,7 @@ from training.denoisers.base import Denoiser
 from training.images import to_uint8
 from training.ppo.config import EvaluationConfig
 from training.ppo.reward_base import Reward
+from training.ppo.reward_mix import RewardMix
 from training.ppo.rl_runner import ImageScorer
 from training.table import SolverTable
 
@@ -22,7 +23,9 @@ from training.table import SolverTable
 class Evaluation:
     """Scores of M held-out prompts, the same on every rank."""
 
-    scores: dict[str, Tensor]  # [M] float64 by metric: "reward" is the trained one, the others by their names
+    # [M] float64 by metric: "reward" is what is trained on; of a mix the raw scores and of the metrics all, by their
+    # names. They may be NaN or infinite.
+    scores: dict[str, Tensor]
     images: Tensor  # [G, 3, H, W] float32 in [0, 1] on the CPU: the first G pictures
 
 
@@ -32,15 +35,17 @@ class MeanTableEvaluator:
     def __init__(
         self,
         net: Denoiser,
-        rewards: Sequence[Reward],
+        mix: RewardMix,
+        metrics: Sequence[Reward],
         prompts: Sequence[str],
         start: SolverTable,
         evaluation: EvaluationConfig,
         micro_batch: int | None,
     ):
-        """`rewards`: the trained one first, then those only reported."""
-        self.scorer = ImageScorer(net, rewards, start, micro_batch)
-        self.names = ["reward", *(metric.name for metric in rewards[1:])]
+        """`mix` is what is trained on, with statistics of its own; `metrics` are only reported."""
+        self.mix = mix
+        self.scorer = ImageScorer(net, mix, start, micro_batch, metrics)
+        self.names = [reward.name for reward in self.scorer.rewards]
         self.prompts = list(prompts)
         self.seeds = [derive_seed(evaluation.seed, "evaluation-noise", index) for index in range(len(prompts))]
         self.grid_images = evaluation.grid_images
@@ -59,8 +64,14 @@ class MeanTableEvaluator:
         # Parts of unequal length, so as objects; shards follow each other in rank order.
         gathered = distributed.all_gather_objects((torch.cat(scores), pictures))
         whole = torch.cat([part for part, _ in gathered])
+        trained = whole[:, : len(self.mix.rewards)]
+        if not self.mix.has_observed:
+            self.mix.observe(trained)
+        named = dict(zip(self.names, whole.unbind(1), strict=True))
+        if self.mix.is_plain:
+            named.pop(self.names[0])
         grid = [batch.permute(0, 3, 1, 2).float() / 255 for _, part in gathered for batch in part]
         return Evaluation(
-            scores=dict(zip(self.names, whole.unbind(1), strict=True)),
+            scores={"reward": self.mix.combine(trained), **named},
             images=torch.cat(grid) if grid else torch.zeros(0, 3, 1, 1),
         )

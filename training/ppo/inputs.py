@@ -9,7 +9,7 @@ from torch_utils.distributed import print0
 from torch_utils.download_util import check_file_by_key
 from training.denoisers import check_model, check_model_schedule, find_model, note_resolution
 from training.ppo.cold_start import cold_start_table
-from training.ppo.config import Config, ConfigError, ModelConfig
+from training.ppo.config import Config, ConfigError, ModelConfig, trained_rewards
 from training.ppo.reward_multi import check_reward_weights
 from training.prompts import load_prompts
 from training.table import SolverTable, load_table
@@ -32,7 +32,8 @@ def load_inputs(config: Config) -> Inputs:
     check_model_schedule(model.dataset_name, model.schedule_type)
     start = start_table(config)
     prompts, evaluation_prompts = split_prompts(config)
-    check_reward_weights(config.reward.type, config.reward.weights_path)
+    for reward in trained_rewards(config.reward):
+        check_reward_weights(reward.type, reward.weights_path)
     for metric in config.evaluation.metrics:
         check_reward_weights(metric)
     found = find_model(*named)  # last, because it may download gigabytes

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from training.denoisers.base import Denoiser
     from training.ppo.inputs import Inputs
     from training.ppo.reward_base import Reward
+    from training.ppo.reward_mix import RewardMix
 
 # `RunDirectory` owns these names, but needs torch; a test keeps them in step.
 CONFIG_IN_RUN = Path("configs/resolved_config.yaml")
@@ -36,7 +37,7 @@ class Models:
     """The frozen models of a run."""
 
     net: Denoiser
-    reward: Reward
+    mix: RewardMix  # what is trained on
     metrics: list[Reward]  # reported at evaluations, never trained on
 
 
@@ -75,21 +76,15 @@ def load_backbone(config: Config) -> Denoiser:
 
 
 def load_models(config: Config) -> Models:
-    """Backbone, reward and evaluation metrics on this process's device."""
+    """Backbone, rewards and evaluation metrics on this process's device."""
     from torch_utils import distributed
-    from training.ppo.reward_multi import create_reward
+    from training.ppo.reward_multi import create_mix, create_reward
 
-    reward, device = config.reward, distributed.device()
+    device, batch_size = distributed.device(), config.reward.batch_size
     net = load_backbone(config)
-    trained = create_reward(
-        reward.type,
-        weights=reward.weights_path,
-        device=device,
-        batch_size=reward.batch_size,
-        amp=reward.enable_amp and device.type == "cuda",
-    )
-    metrics = [create_reward(name, device=device, batch_size=reward.batch_size) for name in config.evaluation.metrics]
-    return Models(net, trained, metrics)
+    mix = create_mix(config.reward, device)
+    metrics = [create_reward(name, device=device, batch_size=batch_size) for name in config.evaluation.metrics]
+    return Models(net, mix, metrics)
 
 
 def train(config: Config, inputs: Inputs, models: Models, resume: str) -> int:
@@ -103,12 +98,12 @@ def train(config: Config, inputs: Inputs, models: Models, resume: str) -> int:
     from training.ppo.run_dir import open_run
 
     policy = create_policy(config, inputs.start)
-    runner = EPDRolloutRunner(models.net, models.reward, inputs.prompts, inputs.start, config.ppo, config.run.seed)
+    runner = EPDRolloutRunner(models.net, models.mix, inputs.prompts, inputs.start, config.ppo, config.run.seed)
     evaluator = None
     if config.evaluation.interval:
-        scorers = [models.reward, *models.metrics]
+        judges = models.mix.for_evaluation(), models.metrics
         prompts, micro_batch = inputs.evaluation_prompts, config.ppo.rollout_micro_batch
-        evaluator = MeanTableEvaluator(models.net, scorers, prompts, inputs.start, config.evaluation, micro_batch)
+        evaluator = MeanTableEvaluator(models.net, *judges, prompts, inputs.start, config.evaluation, micro_batch)
     with open_run(config, inputs.start, resume) as (directory, checkpoint), StopRequest() as stop:
         trainer = PPOTrainer(config, policy, runner, evaluator, directory)
         if checkpoint is not None:

@@ -22,7 +22,7 @@ from training.ppo.pathwise import Pathwise
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.rdpo import RDPO
 from training.ppo.reporting import Reporter
-from training.ppo.rl_runner import EPDRolloutRunner, Rollout
+from training.ppo.rl_runner import EPDRolloutRunner, Rollout, first_broken
 from training.ppo.run_dir import RunDirectory, restore_policy
 
 STOP_AFTER = 2  # diverging evaluations in a row, where evaluation.on_divergence is stop
@@ -58,10 +58,11 @@ class PPOTrainer:
         self.runner = runner
         self.evaluator = evaluator
         # By the names of the rewards themselves, which differ from the configuration's for HPSv2.
-        judged = [] if evaluator is None else [reward.name for reward in evaluator.scorer.rewards]
-        self.guard = HackingGuard("".join(judged[:1]), judged[1:])
+        metrics = [] if evaluator is None else evaluator.scorer.rewards[len(runner.mix.rewards) :]
+        self.guard = HackingGuard(runner.mix.name, [metric.name for metric in metrics])
         self.directory = directory
         self.step = 0
+        self.dropped_groups = 0  # in the whole run: prompts with a score that is not a number
         # After which steps the mean table is judged: every `interval` of them and the last one; also before the first.
         steps = config.ppo.steps
         self.evaluation_steps = set() if evaluator is None else {steps, *range(0, steps, config.evaluation.interval)}
@@ -98,7 +99,12 @@ class PPOTrainer:
         draw = self.learner.draw(self.runner, self.step)
         rollout = self.runner.rollout(draw, self.learner.needs_gradients)
         rolled_out = time.perf_counter()
-        metrics = {"step": self.step, **self._describe(rollout), **self.learner.update(self.step, rollout)}
+        kept, dropped = rollout.finite_groups()
+        self.dropped_groups += dropped
+        metrics: dict[str, Any] = {"step": self.step}
+        if len(kept.rewards):
+            metrics |= {**self._describe(kept), **self.learner.update(self.step, kept)}
+        metrics |= {"dropped_groups": dropped, "dropped_groups_in_all": self.dropped_groups}
         seconds = time.perf_counter() - started
         metrics |= {
             "images": self.step * len(rollout.rewards),
@@ -116,9 +122,24 @@ class PPOTrainer:
         # The line comes before the checkpoint: after a crash between the two it is dropped and written again.
         if reporter is not None:
             reporter.log_step(metrics)
-        if last or signum or self._must_stop() or self.step % self.config.logging.save_interval == 0:
+        too_many = self.dropped_groups > self.config.ppo.max_dropped_groups
+        if last or signum or too_many or self._must_stop() or self.step % self.config.logging.save_interval == 0:
             self._save(self.directory.checkpoint(self.step))
+        if dropped:
+            self._note_dropped(rollout, dropped, too_many, reporter)
         return signum
+
+    def _note_dropped(self, rollout: Rollout, dropped: int, too_many: bool, reporter: Reporter | None) -> None:
+        """Say which groups a step left out. Raises `UserError` where there were too many in the run."""
+        broken = first_broken(rollout.raw, self.runner.mix.rewards, rollout.draw.prompts)
+        message = f"step {self.step}: {broken}; prompts left out: {dropped} in this step, {self.dropped_groups} in all"
+        if too_many:
+            raise UserError(
+                f"{message}, more than ppo.max_dropped_groups={self.config.ppo.max_dropped_groups}; the images or the "
+                f"reward's weights are bad; {self.directory.checkpoint(self.step)} has the policy so far"
+            )
+        if reporter is not None:
+            reporter.progress.message(f"note: {message}")
 
     def _must_stop(self) -> bool:
         """Whether the reward is being exploited and the configuration says to end the run then."""
@@ -132,6 +153,7 @@ class PPOTrainer:
             "reward_min": rewards.amin().item(),
             "reward_max": rewards.amax().item(),
             "reward_group_std": group_std(rewards, rollout.draw.group_ids).item(),
+            **self.runner.mix.raw_means(rollout.raw),
         }
 
     def _agree(self, signum: int) -> int:
@@ -146,23 +168,34 @@ class PPOTrainer:
         return int(gathered[:, 1].amax())
 
     def _evaluate(self, reporter: Reporter | None) -> dict[str, Any]:
-        """Judge the mean table, keep it if it is the best so far, and return the record."""
+        """Judge the mean table, keep it if it is the best so far, and return the record.
+
+        An evaluation with a score that is not a number is reported over the other prompts and not judged: it would be
+        compared with evaluations of other prompts.
+        """
         started = time.perf_counter()
         evaluation = self.evaluator.evaluate(self.policy.mean_table())
-        verdict = self.guard.judge(self.step, evaluation.scores)
+        finite = torch.stack(list(evaluation.scores.values())).isfinite().all(0)
+        verdict = self.guard.judge(self.step, evaluation.scores) if finite.all() else None
         record = {
             "step": self.step,
             "images": self.step * self.config.ppo.rollout_batch_size,
-            "prompts": len(evaluation.scores["reward"]),
-            **{f"{name}_mean": scores.mean().item() for name, scores in evaluation.scores.items()},
-            "diverging": verdict.diverging,
-            "seconds": time.perf_counter() - started,
+            "prompts": int(finite.sum()),
         }
+        if finite.any():
+            record |= {f"{name}_mean": scores[finite].mean().item() for name, scores in evaluation.scores.items()}
+        if verdict is not None:
+            record["diverging"] = verdict.diverging
+        record["seconds"] = time.perf_counter() - started
         if reporter is not None:
             reporter.log_evaluation(record, evaluation.images)
-            if verdict.message is not None:
+            if verdict is None:
+                count = len(finite) - record["prompts"]
+                message = f"note: step {self.step}: {count} held-out prompts have a score that is not a number"
+                reporter.progress.message(f"{message}; this evaluation is not judged")
+            elif verdict.message is not None:
                 reporter.progress.message(verdict.message)
-        if verdict.is_best:
+        if verdict is not None and verdict.is_best:
             self._save(self.directory.best_checkpoint)
         return record
 
@@ -173,6 +206,9 @@ class PPOTrainer:
                 "policy": self.policy.state_dict(),
                 "optimizer": self.learner.optimizer.state_dict(),
                 "guard": self.guard.state(),
+                "dropped_groups": self.dropped_groups,
+                "mix": self.runner.mix.state(),
+                "evaluation_mix": [] if self.evaluator is None else self.evaluator.mix.state(),
                 "start_table_sha256": self.policy.start.sha256(),
                 "config": flatten(self.config),
             }
@@ -184,3 +220,7 @@ class PPOTrainer:
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.guard.restore(state["guard"])
+        self.dropped_groups = state["dropped_groups"]
+        self.runner.mix.restore(state["mix"])
+        if self.evaluator is not None:
+            self.evaluator.mix.restore(state["evaluation_mix"])

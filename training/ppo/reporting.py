@@ -103,10 +103,11 @@ class Progress:
     def show(self, metrics: dict[str, Any]) -> None:
         """Show a step's reward, KL and speed, and the time left."""
         step = metrics["step"]
-        text = (
-            f"reward {metrics['reward_mean']:.4f}, kl {metrics['kl']:.3f}, {metrics['images_per_second']:.1f} images/s"
-            f", {tqdm.format_interval(self.seconds_left(step))} left"
-        )
+        learned = "nothing learned, no score is a number"
+        if "reward_mean" in metrics:
+            learned = f"reward {metrics['reward_mean']:.4f}, kl {metrics['kl']:.3f}"
+        left = tqdm.format_interval(self.seconds_left(step))
+        text = f"{learned}, {metrics['images_per_second']:.1f} images/s, {left} left"
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)

@@ -1,4 +1,4 @@
-"""The one factory of rewards."""
+"""The one factory of rewards, and of mixes of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 
 from torch_utils.errors import UserError
+from training.ppo.config import CUSTOM_REWARD, RewardConfig, trained_rewards
 from training.ppo.reward_base import DEFAULT_BATCH_SIZE, Reward
 from training.ppo.reward_hps import RewardHPS
+from training.ppo.reward_mix import Component, RewardMix
 from training.ppo.reward_models.aesthetic import RewardAesthetic
 from training.ppo.reward_models.clip import RewardCLIP
+from training.ppo.reward_models.custom import RewardCustom, find_function
 from training.ppo.reward_models.emoji import REWARD_FOLDERS, RewardEmoji, find_emoji_weights
 from training.ppo.reward_models.imagereward import RewardImageReward, find_vocabulary
 from training.ppo.reward_models.mps import RewardMPS
@@ -43,8 +46,9 @@ REWARD_TYPES = (*PUBLISHED, *REWARD_FOLDERS)
 def check_reward_weights(reward_type: str, weights: str | Path | None = None) -> Path:
     """Find the weights of a reward without loading them: the file, or the folder, that `create_reward` will read.
 
-    `weights` None means the usual place; published files are fetched there first. Raises `UserError` for an unknown
-    type, or saying which file is missing, where it comes from and where it belongs.
+    `weights` None means the usual place; published files are fetched there first. For a reward of the user's own it is
+    the file of its code. Raises `UserError` for an unknown type, or saying which file is missing, where it comes from
+    and where it belongs.
     """
     if reward_type in PUBLISHED:
         published = PUBLISHED[reward_type]
@@ -54,7 +58,11 @@ def check_reward_weights(reward_type: str, weights: str | Path | None = None) ->
         return path
     if reward_type in REWARD_FOLDERS:
         return find_emoji_weights(reward_type, weights)
-    raise UserError(f"unknown reward {reward_type!r}: choose one of {', '.join(REWARD_TYPES)}")
+    if CUSTOM_REWARD.fullmatch(reward_type):
+        return find_function(reward_type)[1]
+    raise UserError(
+        f"unknown reward {reward_type!r}: choose one of {', '.join(REWARD_TYPES)}, or package.module:function"
+    )
 
 
 def create_reward(
@@ -65,8 +73,9 @@ def create_reward(
     batch_size: int = DEFAULT_BATCH_SIZE,
     amp: bool = False,
 ) -> Reward:
-    """Load the reward `reward_type` (one of `REWARD_TYPES`) onto `device`; `batch_size` images go into one forward.
+    """Load the reward `reward_type` (one of `REWARD_TYPES`, or package.module:function) onto `device`.
 
+    `batch_size` images go into one forward.
     `amp` is half precision, for published metrics on a GPU only. Raises `UserError` as `check_reward_weights` does, or
     for an `amp` that the reward does not have; `CheckpointError` for weights that do not fit.
     """
@@ -75,4 +84,17 @@ def create_reward(
         return PUBLISHED[reward_type].reward(path, device=device, batch_size=batch_size, amp=amp)
     if amp:
         raise UserError(f"{reward_type} is computed in float32 only: switch half precision (amp) off")
-    return RewardEmoji(reward_type, path, device=device, batch_size=batch_size)
+    if reward_type in REWARD_FOLDERS:
+        return RewardEmoji(reward_type, path, device=device, batch_size=batch_size)
+    return RewardCustom(reward_type, batch_size=batch_size)
+
+
+def create_mix(config: RewardConfig, device: torch.device) -> RewardMix:
+    """Load what `config` trains on. Raises as `create_reward` does."""
+    components = []
+    for part in trained_rewards(config):
+        amp = config.enable_amp and device.type == "cuda" and part.type in PUBLISHED
+        options = {"device": device, "batch_size": config.batch_size, "amp": amp}
+        reward = create_reward(part.type, weights=part.weights_path, **options)
+        components.append(Component(reward, part.type, part.weight, part.transform))
+    return RewardMix(components)

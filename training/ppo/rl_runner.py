@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from solvers import epd_sampler
 from torch_utils import distributed
-from torch_utils.errors import UserError
 from torch_utils.seeds import derive_seed, generator
 from training.denoisers.base import Denoiser, TextCond
 from training.generate import generate_batch, initial_latents, table_schedule
@@ -21,15 +20,12 @@ from training.images import quantize
 from training.ppo.config import PPOConfig
 from training.ppo.policy import EPDParamPolicy, PolicySample, TableArrays
 from training.ppo.reward_base import Reward
+from training.ppo.reward_mix import RewardMix
 from training.table import SolverTable
 
 # Rewards are multiplied by it before the backward pass: parts of their gradients are too small for half precision. A
 # power of two, so that float32 gradients keep every bit.
 GRADIENT_SCALE = 1024.0
-
-
-class RolloutError(UserError):
-    """A rollout that cannot be used: a reward that is not a number."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +37,34 @@ class Draw:
     noise_seeds: list[int]  # N
     group_ids: Tensor  # [N] int64: samples with equal ids share a prompt
 
+    def select(self, index: Tensor) -> Draw:
+        """The samples of `index [M]`, int64."""
+        rows = index.tolist()
+        prompts, seeds = ([part[row] for row in rows] for part in (self.prompts, self.noise_seeds))
+        return Draw(self.sample.select(index), prompts, seeds, self.group_ids[index])
+
 
 @dataclass(frozen=True)
 class Rollout:
     """A draw and what came of it, the same on every rank: CPU tensors."""
 
     draw: Draw
-    rewards: Tensor  # [N] float64, raw
+    rewards: Tensor  # [N] float64, what training climbs
     gradients: TableArrays | None = None  # [N, N-1, K] float64: of each reward to its table's numbers, where asked for
+    raw: Tensor | None = None  # [N, C] float64: the raw scores that the rewards were mixed from
     seconds_generation: float = 0.0  # of this rank's share
     seconds_reward: float = 0.0
+
+    def finite_groups(self) -> tuple[Rollout, int]:
+        """The rollout without the groups that hold a score that is not finite, and how many those are."""
+        groups = self.draw.group_ids
+        broken = groups[~self.raw.isfinite().all(1)].unique()
+        if not len(broken):
+            return self, 0
+        kept = (~torch.isin(groups, broken)).nonzero().flatten()
+        gradients = self.gradients and TableArrays(*(part[kept] for part in self.gradients))
+        parts = self.draw.select(kept), self.rewards[kept], gradients, self.raw[kept]
+        return Rollout(*parts, self.seconds_generation, self.seconds_reward), len(broken)
 
 
 class PromptOrder:
@@ -87,10 +101,18 @@ class _Recomputed:
 class ImageScorer:
     """Makes images with an EPD table and scores them, `micro_batch` images at a time (None: all at once)."""
 
-    def __init__(self, net: Denoiser, rewards: Sequence[Reward], start: SolverTable, micro_batch: int | None):
-        """`start` gives the schedule; the tables used later share it."""
+    def __init__(
+        self,
+        net: Denoiser,
+        mix: RewardMix,
+        start: SolverTable,
+        micro_batch: int | None,
+        metrics: Sequence[Reward] = (),
+    ):
+        """`start` gives the schedule; the tables used later share it. `metrics` are judges beside those of `mix`."""
         self.net = net
-        self.rewards = list(rewards)
+        self.mix = mix
+        self.rewards = [*mix.rewards, *metrics]
         self.sigmas = table_schedule(start, net)
         self.afs = start.afs
         self.micro_batch = micro_batch
@@ -109,21 +131,20 @@ class ImageScorer:
         return images
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Raw scores `[B, R]` float64 on the CPU, one column per reward."""
+        """Raw scores `[B, R]` float64 on the CPU: the rewards of the mix, then the metrics. May hold NaN."""
         started = time.perf_counter()
         scores = torch.stack([reward.score(images, list(prompts)).cpu().double() for reward in self.rewards], dim=1)
         self.seconds_reward += time.perf_counter() - started
-        for column, reward in enumerate(self.rewards):
-            _check_finite(scores[:, column], reward, prompts)
         return scores
 
     def gradients(
         self, arrays: TableArrays, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[Tensor, TableArrays]:
-        """Scores `[B]` of the first reward and their gradients `[B, N-1, K]` to the numbers of the B tables `arrays`.
+        """Raw scores `[B, C]` of the mix's rewards, and the gradients of what the mix makes of them.
 
-        Both float64 on the CPU. The scores are those of `images` and `scores`; the gradient takes the rounding to
-        8 bits as the identity. Memory is that of one network call beside the states: activations are computed twice.
+        The gradients are `[B, N-1, K]`, to the numbers of the B tables `arrays`; both float64 on the CPU. The scores
+        are those of `images` and `scores`; the gradient takes the rounding to 8 bits as the identity. Memory is that of
+        one network call beside the states: activations are computed twice.
         """
         started = time.perf_counter()
         leaves = [part.detach().clone().requires_grad_() for part in arrays]
@@ -131,16 +152,16 @@ class ImageScorer:
         x, cond = initial_latents(self.net, list(prompts), list(seeds), self.sigmas)
         latents = sampler(_Recomputed(self.net), x, self.sigmas, cond)
         scores = checkpoint(self._judge, latents, list(prompts), use_reentrant=False)
-        gradients = torch.autograd.grad(GRADIENT_SCALE * scores.sum(), leaves)
+        gradients = torch.autograd.grad(GRADIENT_SCALE * self.mix.combine(scores).sum(), leaves)
         scores = scores.detach().cpu().double()
-        _check_finite(scores, self.rewards[0], prompts)
         self.seconds_generation += time.perf_counter() - started
         return scores, TableArrays(*(gradient / GRADIENT_SCALE for gradient in gradients))
 
     def _judge(self, latents: Tensor, prompts: list[str]) -> Tensor:
         images = self.net.decode(latents)
         smooth = ((images + 1) / 2).clamp(0, 1)
-        return self.rewards[0].score(smooth + (quantize(images.detach()) - smooth).detach(), prompts)
+        rounded = smooth + (quantize(images.detach()) - smooth).detach()
+        return torch.stack([reward.score(rounded, prompts) for reward in self.mix.rewards], dim=1)
 
     def batches(self, indices: range) -> list[range]:
         """`indices` cut into micro-batches."""
@@ -148,11 +169,10 @@ class ImageScorer:
         return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def _check_finite(scores: Tensor, reward: Reward, prompts: Sequence[str]) -> None:
-    """Raise `RolloutError` for the first of `scores [B]` that is not a number."""
-    for row in (~torch.isfinite(scores)).nonzero().flatten().tolist():
-        value, prompt = scores[row].item(), prompts[row]
-        raise RolloutError(f"{reward.name} gave {value} for the prompt {prompt!r}; the image or the weights are bad")
+def first_broken(scores: Tensor, rewards: Sequence[Reward], prompts: Sequence[str]) -> str:
+    """A sentence about the first of `scores [B, R]` that is not finite, of which there must be one."""
+    row, column = (~scores.isfinite()).nonzero()[0].tolist()
+    return f"{rewards[column].name} gave {scores[row, column].item()} for the prompt {prompts[row]!r}"
 
 
 class EPDRolloutRunner:
@@ -165,14 +185,15 @@ class EPDRolloutRunner:
     def __init__(
         self,
         net: Denoiser,
-        reward: Reward,
+        mix: RewardMix,
         prompts: Sequence[str],
         start: SolverTable,
         ppo: PPOConfig,
         seed: int,
     ):
         """`start` is the table the policy starts from, `seed` the run's."""
-        self.scorer = ImageScorer(net, [reward], start, ppo.rollout_micro_batch)
+        self.mix = mix
+        self.scorer = ImageScorer(net, mix, start, ppo.rollout_micro_batch)
         self.order = PromptOrder(prompts, seed)
         self.batch_size = ppo.rollout_batch_size
         self.group_size = ppo.rloo_k
@@ -203,24 +224,27 @@ class EPDRolloutRunner:
         )
 
     def rollout(self, draw: Draw, with_gradients: bool = False) -> Rollout:
-        """The images and rewards of a draw. Raises `RolloutError` for a reward that is not finite."""
+        """The images and rewards of a draw; rewards may be NaN. The mix takes the scores into its statistics."""
         scorer = self.scorer
         scorer.seconds_generation = scorer.seconds_reward = 0.0
-        rewards, gradients = [], []
+        raw, gradients = [], []
         for batch in scorer.batches(distributed.shard(len(draw.prompts))):
             rows = slice(batch.start, batch.stop)
             tables, prompts, seeds = draw.sample.select(rows).arrays, draw.prompts[rows], draw.noise_seeds[rows]
             if with_gradients:
                 scores, parts = scorer.gradients(tables, prompts, seeds)
-                rewards.append(scores)
+                raw.append(scores)
                 gradients.append(torch.stack(parts, dim=1))
             else:
-                rewards.append(scorer.scores(scorer.images(tables, prompts, seeds), prompts)[:, 0])
+                raw.append(scorer.scores(scorer.images(tables, prompts, seeds), prompts))
+        raw = distributed.all_gather(torch.cat(raw))
+        self.mix.observe(raw)
         whole = distributed.all_gather(torch.cat(gradients)) if with_gradients else None
         return Rollout(
             draw=draw,
-            rewards=distributed.all_gather(torch.cat(rewards)),
+            rewards=self.mix.combine(raw),
             gradients=None if whole is None else TableArrays(*whole.unbind(1)),
+            raw=raw,
             seconds_generation=scorer.seconds_generation,
             seconds_reward=scorer.seconds_reward,
         )

@@ -21,10 +21,15 @@ from training.table import SolverTable, load_table, save_table
 # What may change when a run is resumed by name: how long it runs, how often it reports, where and how fast.
 FREE_KEYS = re.compile(
     r"ppo\.steps|logging\..*|run\.output_root|model\.model_path|reward\.(weights_path|batch_size)|ppo\.rollout_micro_batch"
+    r"|ppo\.max_dropped_groups"
     r"|evaluation\.on_divergence|distill\..*"
     # The start table is compared by content.
     r"|data\.predictor_snapshot|model\.num_(steps|points)"
 )
+CHECKPOINT_KEYS = {
+    *("step", "policy", "optimizer", "guard", "start_table_sha256"),
+    *("dropped_groups", "mix", "evaluation_mix"),
+}
 CHECKPOINT_NAME = re.compile(r"policy-step(\d{6,})\.pt")
 
 
@@ -191,7 +196,7 @@ def restore_policy(policy: EPDParamPolicy, path: Path) -> dict[str, Any]:
     Raises `CheckpointError` for a missing or damaged file, or a policy of another shape or around another table.
     """
     state = load_checkpoint(path)
-    if not {"step", "policy", "optimizer", "guard", "start_table_sha256"} <= state.keys():
+    if not state.keys() >= CHECKPOINT_KEYS:
         raise CheckpointError(f"{path} is not a policy checkpoint")
     if state["start_table_sha256"] != policy.start.sha256():
         raise CheckpointError(f"{path} was trained from another start table than the one in this run folder")
