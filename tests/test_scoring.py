@@ -225,6 +225,24 @@ def test_score_emoji_end_to_end(tmp_path, emoji_folder):
     assert output.read_bytes() == before
 
 
+def test_score_hps_has_the_embedded_judge_at_hand(tmp_path):
+    """The real weights, out of the box: the scores of score_emoji, and others than those of its held-out judge."""
+    write_samples(tmp_path / "samples", [2, 0, 1])
+    records = []
+    for name, options, command in (
+        ("hps", ["--version", "embedded"], score_hps),
+        ("reward", [], score_emoji),
+        ("heldout", ["--metric", "heldout"], score_emoji),
+    ):
+        output = tmp_path / f"{name}.json"
+        result = score("--images", tmp_path / "samples", "--output-json", output, *options, command=command)
+        assert result.exit_code == 0, result.stderr
+        records.append(json.loads(output.read_text()))
+    hps, reward, heldout = records
+    assert hps["scores"] == reward["scores"] and hps["metric"] == reward["metric"] == "emoji_reward"
+    assert heldout["scores"] != reward["scores"] and heldout["weights_sha256"] != reward["weights_sha256"]
+
+
 def test_score_hps_end_to_end(tmp_path):
     register_tiny_hps(tmp_path)
     write_hps_checkpoint(tmp_path / "tiny.pt")

@@ -1,4 +1,8 @@
-"""Score a folder of images with HPSv2 (Human Preference Score); v2.1 is the reward of PPO on Stable Diffusion."""
+"""Score a folder of images with HPSv2 (Human Preference Score); v2.1 is the reward of PPO on Stable Diffusion.
+
+--version embedded takes the embedded model's own judge of preference instead, for its pictures: nothing is downloaded,
+and the scores are those of score_emoji.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,19 @@ from training.ppo.scorer_options import FILE, ScoreRequest, amp_option, scorer_o
 @click.command(help=__doc__)
 @scorer_options
 @click.option("--weights", metavar="FILE", type=FILE, help="HPS_v2.1_compressed.pt  [default: fetched on first use]")
-@click.option("--version", type=click.Choice(["v2.1", "v2.0"]), default="v2.1", show_default=True)
+@click.option("--version", type=click.Choice(["v2.1", "v2.0", "embedded"]), default="v2.1", show_default=True)
 @click.option("--architecture", default="ViT-H-14", show_default=True, help="open_clip model that the weights are for")
 @amp_option
 @user_errors
 def main(request: ScoreRequest, weights: Path | None, version: str, architecture: str, amp: bool) -> None:
     from training.ppo.reward_hps import RewardHPS
+    from training.ppo.reward_multi import create_reward
     from training.ppo.scoring import score_folder
 
+    if version == "embedded":
+        options = {"weights": weights, "batch_size": request.batch_size, "amp": amp}
+        score_folder(request, "emoji_reward", lambda device: create_reward("emoji_reward", device=device, **options))
+        return
     options = {"batch_size": request.batch_size, "amp": amp, "architecture": architecture, "version": version}
     score_folder(request, f"hps_{version}", lambda device: RewardHPS(weights, device=device, **options))
 
