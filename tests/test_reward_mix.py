@@ -316,6 +316,16 @@ def test_an_interrupted_mix_goes_on_bit_for_bit(toy, tmp_path):
         assert torch.equal(weight, resumed["policy"][name])
 
 
+def test_pathwise_refuses_a_component_without_a_gradient(toy):
+    class Detached(ToyReward):
+        def score(self, images, prompts):
+            return super().score(images.detach(), prompts)
+
+    mixed = RewardMix([Component(ToyReward(), "a"), Component(Detached("detached"), "b", 0.1)])
+    with pytest.raises(UserError, match="rewards that can be differentiated, and detached cannot; use rdpo"):
+        run_toy(toy, "never", ["trainer.algorithm=pathwise"], Models(ToyDenoiser(), mixed, []))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("algorithm", ["rdpo", "pathwise"])
 def test_prompts_without_a_number_are_left_out_and_counted(toy, tmp_path, capsys, value, algorithm):

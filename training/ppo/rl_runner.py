@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from solvers import epd_sampler
 from torch_utils import distributed
+from torch_utils.errors import UserError
 from torch_utils.seeds import derive_seed, generator
 from training.denoisers.base import Denoiser, TextCond
 from training.generate import generate_batch, initial_latents, table_schedule
@@ -144,7 +145,8 @@ class ImageScorer:
 
         The gradients are `[B, N-1, K]`, to the numbers of the B tables `arrays`; both float64 on the CPU. The scores
         are those of `images` and `scores`; the gradient takes the rounding to 8 bits as the identity. Memory is that of
-        one network call beside the states: activations are computed twice.
+        one network call beside the states: activations are computed twice. Raises `UserError` for a reward that cannot
+        be differentiated.
         """
         started = time.perf_counter()
         leaves = [part.detach().clone().requires_grad_() for part in arrays]
@@ -161,7 +163,14 @@ class ImageScorer:
         images = self.net.decode(latents)
         smooth = ((images + 1) / 2).clamp(0, 1)
         rounded = smooth + (quantize(images.detach()) - smooth).detach()
-        return torch.stack([reward.score(rounded, prompts) for reward in self.mix.rewards], dim=1)
+        scores = [reward.score(rounded, prompts) for reward in self.mix.rewards]
+        for reward, score in zip(self.mix.rewards, scores, strict=True):
+            if not score.requires_grad:
+                raise UserError(
+                    f"trainer.algorithm=pathwise needs rewards that can be differentiated, and {reward.name} cannot; "
+                    "use rdpo"
+                )
+        return torch.stack(scores, dim=1)
 
     def batches(self, indices: range) -> list[range]:
         """`indices` cut into micro-batches."""
