@@ -13,7 +13,7 @@ from HPSv2.preprocess import preprocess
 from torch_utils.checkpoint import CheckpointError
 from torch_utils.download_util import stamped_sha256
 from training.ppo.reward_base import DEFAULT_BATCH_SIZE, check_inputs, cosine_scores, dtype_name, load_strict
-from training.ppo.reward_models.tokens import OpenAITokenizer
+from training.ppo.reward_models.tokens import OpenClipTokenizer
 from training.ppo.reward_weights import find_weights, version_of
 
 VERSIONS = ("v2.1", "v2.0")
@@ -54,7 +54,7 @@ class RewardHPS:
         load_strict(self.model, state, path)
         self.image_size = self.model.visual.image_size[0]
         self.preprocessing = f"longest-side-bicubic-antialias-pad-{self.image_size}"
-        self.tokenizer = OpenAITokenizer(self.model.context_length)
+        self.tokenizer = OpenClipTokenizer(self.model.context_length)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Reward.score`; usual values on Stable Diffusion v1.5 are 0.20 to 0.30."""

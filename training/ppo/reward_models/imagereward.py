@@ -37,8 +37,8 @@ OUTPUT_MEAN = 0.16717362830052426
 OUTPUT_STD = 1.0333394966054072
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# [DEC] and [ENC], which BLIP appends to BERT's vocabulary: they have embeddings, but no prompt becomes one of them.
-BLIP_TOKENS = 2
+# What BLIP appends to BERT's vocabulary; a prompt that holds their names becomes them.
+BLIP_TOKENS = ("[DEC]", "[ENC]")
 # What a score does not need: three parts of the authors' class, then the rest of what BLIP's own pretraining holds.
 SPARE = (
     "blip.vision_proj.",
@@ -108,6 +108,7 @@ class BertTokenizer:
         self.length = length
         self.padding = ids["[PAD]"]
         self.tokenizer = BertWordPieceTokenizer(ids)
+        self.tokenizer.add_special_tokens(list(BLIP_TOKENS))
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids, and 1 for tokens or 0 for padding: both int64 `[N, length]`, N > 0.
@@ -223,7 +224,7 @@ class RewardImageReward:
                 f"{vocabulary_path} is not the vocabulary that {path} was trained with: get {VOCABULARY.name} from "
                 f"{ASSETS[VOCABULARY_ASSET].source()}"
             )
-        self.tokenizer = BertTokenizer(vocabulary_path, sizes.embeddings - BLIP_TOKENS, sizes.context)
+        self.tokenizer = BertTokenizer(vocabulary_path, sizes.embeddings - len(BLIP_TOKENS), sizes.context)
         state = read_weights(path, "ImageReward weights")
         # The random start values, which nobody needs, are drawn on the device: seconds faster than on the CPU.
         with torch.device(self.device):

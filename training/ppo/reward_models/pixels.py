@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Of OpenAI's CLIP, and of all scorers that grew out of it.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Pillow's filter weights are whole multiples of 1 / ONE.
+ONE = 1 << 22
 
 
 def torchvision_offset(spare: int) -> int:
@@ -26,8 +28,9 @@ def transformers_offset(spare: int) -> int:
 def shortest_side(images: Tensor, size: int, offset: Callable[[int], int]) -> Tensor:
     """Shortest side to `size` by Pillow's bicubic filter, then the central square: `[N, 3, size, size]` in [0, 1].
 
-    `images` are float `[N, 3, H, W]` on the 8-bit grid, and so is the result. `offset` places the square: one of the
-    two functions above. The longer side is cut to a whole number of pixels, as both libraries do.
+    `images` are float `[N, 3, H, W]` on the 8-bit grid, and so is the result: Pillow's pixels, bit for bit. `offset`
+    places the square: one of the two functions above. The longer side is cut to a whole number of pixels, as both
+    libraries do.
 
     As in Pillow, rows are resized before columns. (Since version 13 it begins with the columns of pictures that shrink
     much more in height than in width; the published scores are older.)
@@ -36,21 +39,39 @@ def shortest_side(images: Tensor, size: int, offset: Callable[[int], int]) -> Te
     short = min(height, width)
     tall, wide = int(size * height / short), int(size * width / short)
     left, top = offset(wide - size), offset(tall - size)
-    # Cut at once, for the second pass takes every column by itself.
-    images = pillow_pass(images, (height, wide))[..., left : left + size]
-    return pillow_pass(images, (tall, size))[..., top : top + size, :]
+    images = pillow_pass(images, wide, slice(left, left + size))
+    return pillow_pass(images.transpose(-1, -2), tall, slice(top, top + size)).transpose(-1, -2)
 
 
-def pillow_pass(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """One direction of Pillow's bicubic `resize`: `[N, 3, H, W]` => `[N, 3, *size]`, where one side stays.
+def pillow_pass(images: Tensor, size: int, kept: slice) -> Tensor:
+    """One direction of Pillow's bicubic `resize`: `[..., W]` => the columns `kept` of `[..., size]`.
 
-    The filter widens as pictures shrink, and the result is rounded to 8 bits, which gradients do not see.
+    The result is rounded to 8 bits, which gradients do not see. Pillow computes with whole numbers; so does this, in
+    float64, which holds them exactly on every device.
     """
-    if size == tuple(images.shape[-2:]):
-        return images
-    resized = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
-    levels = torch.floor(255 * resized + 0.5).clamp(0, 255) / 255
-    return resized + (levels - resized).detach()
+    width = images.shape[-1]
+    if size == width:
+        return images[..., kept]
+    levels = 255 * images.double()
+    levels = levels + (levels.round() - levels).detach()
+    resized = levels @ pillow_weights(width, size, kept).to(images.device).T / ONE
+    rounded = torch.floor(resized + 0.5).clamp(0, 255)
+    return ((resized + (rounded - resized).detach()) / 255).to(images.dtype)
+
+
+def pillow_weights(width: int, size: int, kept: slice) -> Tensor:
+    """Pillow's bicubic filter from `width` to `size` pixels: whole float64 `[kept, width]`, in units of 1 / ONE.
+
+    The filter widens as pictures shrink. What lies beyond the edge counts nothing.
+    """
+    scale = width / size
+    widened = max(scale, 1.0)
+    centres = (torch.arange(kept.start, kept.stop, dtype=torch.float64)[:, None] + 0.5) * scale
+    x = ((torch.arange(width, dtype=torch.float64) + 0.5 - centres) / widened).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights = ONE * weights / weights.sum(1, keepdim=True)
+    return torch.trunc(weights + weights.sign() / 2)  # halves away from 0
 
 
 def normalized(images: Tensor) -> Tensor:

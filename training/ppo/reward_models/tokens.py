@@ -1,4 +1,4 @@
-"""CLIP's vocabulary as the two libraries read prompts that the published scores were made with."""
+"""CLIP's vocabulary as the libraries read prompts that the published scores were made with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 CONTEXT_LENGTH = 77
 
 
-class OpenAITokenizer:
-    """OpenAI's: broken characters are mended, HTML entities resolved, then lower case; padded with 0."""
+class OpenClipTokenizer:
+    """open_clip's: broken characters are mended, HTML entities resolved, then lower case; padded with 0."""
 
     def __init__(self, length: int = CONTEXT_LENGTH) -> None:
         import open_clip
@@ -26,6 +26,23 @@ class OpenAITokenizer:
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than `length` with start and end."""
         return sum(len(self.tokenizer.encode(prompt)) + 2 > self.length for prompt in prompts)
+
+
+class OpenAITokenizer(OpenClipTokenizer):
+    """OpenAI's: the same, but that prompts may hold other names of the start and end tokens."""
+
+    def __init__(self, length: int = CONTEXT_LENGTH) -> None:
+        import regex
+
+        super().__init__(length)
+        names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+        inner = self.tokenizer
+        inner.encoder = {names.get(token, token): index for token, index in inner.encoder.items()}
+        inner.cache = {name: name for name in names.values()}
+        pattern = inner.pat.pattern
+        for old, new in names.items():
+            pattern = pattern.replace(old, regex.escape(new))
+        inner.pat = regex.compile(pattern, regex.IGNORECASE)
 
 
 class TransformersTokenizer:
