@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from training.ppo.reward_mix import Component, RewardMix, RunningStatistics
 from training.ppo.reward_multi import create_mix, create_reward
 from training.ppo.run_dir import RunDirectory
 
+ROOT = Path(__file__).resolve().parents[1]
 RAW = torch.tensor([[0.25, 21.0], [0.30, 19.0], [-0.10, 30.0]], dtype=torch.float64)
 
 
@@ -175,6 +178,19 @@ def test_mixes_survive_yaml_and_overrides(tmp_path):
 
 def test_every_published_transform_is_of_a_published_reward():
     assert set(PUBLISHED_TRANSFORMS) < set(PUBLISHED_REWARDS)
+
+
+def test_the_examples_of_the_documentation_work(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    blocks = {language: re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1] for language in ("yaml", "python")}
+    (tmp_path / "config.yaml").write_text(blocks["yaml"])
+    config = load_config(tmp_path / "config.yaml", ["model.num_steps=4", "model.num_points=2"])
+    check_names(config)
+    (tmp_path / "my_rewards.py").write_text(blocks["python"])
+    monkeypatch.syspath_prepend(tmp_path)
+    images = torch.zeros(2, 3, 4, 4)
+    images[1, 2] = 0.5
+    assert create_reward(config.reward.components[2].type).score(images, ["a", "b"]).tolist() == [0, 0.5]
 
 
 # --- Loading --------------------------------------------------------------------------------------------------------
