@@ -220,3 +220,32 @@ def open_results(outdir: Path, benchmark: Benchmark, locks: contextlib.ExitStack
     if not lock_folder(outdir, locks):
         raise UserError(f"another process writes to {outdir}; choose another --outdir")
     return Results(outdir, benchmark)
+
+
+def reached(row: dict) -> bool:
+    """Whether a row of figures (see `figures_table`) is within what is to be reached, if anything is."""
+    return row["to_reach"] is None or row["value"] <= row["to_reach"]
+
+
+def figures_table(parts: dict[str, dict], settings_text: Callable[[dict], str]) -> str:
+    """A Markdown table of the rows of all parts: figure, value, unit, to_reach and note.
+
+    Below it stands how each part was measured, with `settings_text` of its settings behind machine and library.
+    """
+    lines = ["| figure | measured | to reach | |", "|---|---|---|---|"]
+    for part in parts.values():
+        for row in part["rows"]:
+            unit = f" {row['unit']}" if row["unit"] else ""
+            wanted = "" if row["to_reach"] is None else f"at most {_number(row['to_reach'])}{unit}"
+            wanted += "" if reached(row) else " (missed)"
+            lines.append(f"| {row['figure']} | {_number(row['value'])}{unit} | {wanted} | {row['note']} |")
+    lines.append("")
+    for name, part in parts.items():
+        machine = part["machine"]
+        how = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}{settings_text(part['settings'])}"
+        lines.append(f"* {name}: {how}: `{part['command']}`")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 200 else f"{value:.3g}"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.results import Benchmark, Results, choose, make_folder, open_results
+from benchmarks.results import Benchmark, Results, choose, figures_table, make_folder, open_results, reached
 from torch_utils.errors import UserError, user_errors
 
 BENCHMARK = Benchmark(
@@ -84,7 +84,8 @@ def main(
         if names:
             measure(results, names, settings, device, models, overwrite)
         if distributed.is_main():
-            table = to_markdown(results.parts)
+            order = sorted(results.parts, key=lambda n: (PARTS.index("ranks" if n.startswith("ranks") else n), n))
+            table = figures_table({name: results.parts[name] for name in order}, settings_text)
             atomic_write_text(outdir / "sd15.md", table)
             click.echo(table)
     distributed.shutdown()
@@ -130,31 +131,9 @@ def file_name(part: str, ranks: int) -> str:
     return RANKS.format(ranks) if part == "ranks" else part
 
 
-def reached(row: dict) -> bool:
-    return row["to_reach"] is None or row["value"] <= row["to_reach"]
-
-
-def to_markdown(parts: dict[str, dict]) -> str:
-    """One table of all parts, in the order of PARTS, and how they were measured."""
-    lines = ["| figure | measured | to reach | |", "|---|---|---|---|"]
-    machines = {}
-    for name in sorted(parts, key=lambda name: (PARTS.index("ranks" if name.startswith("ranks") else name), name)):
-        part = parts[name]
-        machine, settings = part["machine"], part["settings"]
-        machines[name] = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}, {settings['precision']}, "
-        machines[name] += f"--compile {settings['compile']}" + (", tiny networks" if settings["tiny"] else "")
-        machines[name] += f": `{part['command']}`"
-        for row in part["rows"]:
-            unit = f" {row['unit']}" if row["unit"] else ""
-            wanted = "" if row["to_reach"] is None else f"at most {_number(row['to_reach'])}{unit}"
-            wanted += "" if reached(row) else " (missed)"
-            lines.append(f"| {row['figure']} | {_number(row['value'])}{unit} | {wanted} | {row['note']} |")
-    lines += ["", *(f"* {name}: {text}" for name, text in machines.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 200 else f"{value:.3g}"
+def settings_text(settings: dict) -> str:
+    tiny = ", tiny networks" if settings["tiny"] else ""
+    return f", {settings['precision']}, --compile {settings['compile']}{tiny}"
 
 
 if __name__ == "__main__":
