@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.sd15_measures import prompts
 from HPSv2.model import ARCHITECTURE, build_model
@@ -75,7 +75,7 @@ def random_reward(metric: str, folder: Path, device: torch.device, amp: bool, ti
         case "imagereward":
             sizes = TINY_IMAGEREWARD if tiny else PUBLISHED_SIZES
             path, vocabulary = folder / "random_imagereward.pt", folder / "vocab.txt"
-            _write(path, device, lambda: ImageRewardNetwork(sizes).published_layout().state_dict())
+            _write(path, device, lambda: _imagereward_state(sizes))
             atomic_write_text(vocabulary, _vocabulary(sizes.embeddings - len(BLIP_TOKENS)))
             return RewardImageReward(path, vocabulary=vocabulary, device=device, amp=amp, sizes=sizes)
         case "mps":
@@ -97,6 +97,16 @@ def _clip_state(sizes: ClipSizes) -> dict[str, Tensor]:
     from transformers import CLIPModel
 
     return CLIPModel(sizes.config()).state_dict()
+
+
+def _imagereward_state(sizes: ImageRewardSizes) -> dict[str, Tensor]:
+    """Layers that keep the size of their input: with transformers' own start values of BLIP's image encoder, of 1e-10,
+    all pictures score the same."""
+    network = ImageRewardNetwork(sizes)
+    for weight in network.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    return network.published_layout().state_dict()
 
 
 def _write(path: Path, device: torch.device, content: Callable[[], dict]) -> None:

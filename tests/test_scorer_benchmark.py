@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import scorers
 from benchmarks.results import figures_table, reached
+from benchmarks.scorer_models import pictures, random_reward
 from training.ppo.reward_multi import PUBLISHED
 
 
@@ -59,6 +60,14 @@ def test_what_is_measured_is_kept(measured):
     before = (folder / "out/scorers.json").read_text()
     assert bench(folder).exit_code == 0
     assert (folder / "out/scorers.json").read_text() == before
+
+
+@pytest.mark.parametrize("metric", PUBLISHED)
+def test_random_weights_tell_pictures_apart(measured, metric):
+    """Else the change by half precision would be set against a spread of rounding errors."""
+    cpu = torch.device("cpu")
+    reward = random_reward(metric, measured[0] / "models/tiny", cpu, amp=False, tiny=True)
+    assert reward.score(pictures(4, 64, cpu), ["a red cube"] * 4).std() > 1e-4
 
 
 def test_the_target_is_judged():
