@@ -27,7 +27,12 @@ case "$preset" in
         config=sd15_single
         if [ "$preset" = sd15-multi ]; then
             config=sd15_parallel
-            launcher=(-m torch.distributed.run --standalone "--nproc_per_node=${GPUS:-gpu}" -m)
+            # When a process dies all are started again and the run goes on from its last checkpoint, up to three times.
+            # A meeting point that restarts share with the processes that they replace would keep them from meeting.
+            export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+            # torchrun passes on the signals that it is told to, and schedulers announce the end with SIGUSR1.
+            launcher=(-m torch.distributed.run --standalone "--nproc_per_node=${GPUS:-gpu}" --max-restarts=3
+                --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m)
         fi
         ;;
     *)

@@ -282,6 +282,13 @@ TENSORS = {name: torch.tensor(GOOD.get(name, [[1.0, 1.0], [1.0, 1.0]]), dtype=to
 HEADER = {"table": '{"format": "epd-solver-table-1"}'}
 
 
+def without_metadata(data: bytes) -> bytes:
+    """A .safetensors file whose header says null where text would be."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": None, **json.loads(data[8 : 8 + length])}).encode()
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "word"),
     [
@@ -299,6 +306,7 @@ HEADER = {"table": '{"format": "epd-solver-table-1"}'}
         ("t.safetensors", b"", "safetensors"),
         ("t.safetensors", b"\xff" * 100, "safetensors"),
         ("t.safetensors", safetensors.torch.save(TENSORS), "format"),
+        ("t.safetensors", without_metadata(safetensors.torch.save(TENSORS)), "format"),
         ("t.safetensors", safetensors.torch.save(TENSORS, HEADER)[:-1], "safetensors"),
         ("t.safetensors", safetensors.torch.save({k: v.float() for k, v in TENSORS.items()}, HEADER), "float64"),
         ("t.safetensors", safetensors.torch.save({k: v[:0] for k, v in TENSORS.items()}, HEADER), "positions"),

@@ -118,9 +118,9 @@ def toy_models() -> Models:
 
 def run_toy(path: Path, resume: str, overrides: list[str], models: Models | None = None) -> int:
     """Train in this process; returns the number of the signal that ended it, or 0."""
-    distributed.init("cpu")
+    config = load_config(path, overrides)
+    distributed.init("cpu", config.run.timeout_minutes)
     try:
-        config = load_config(path, overrides)
         return train(config, toy_inputs(config), models or toy_models(), resume)
     finally:
         distributed.shutdown()

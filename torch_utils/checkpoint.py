@@ -8,7 +8,9 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +20,8 @@ import torch
 from torch_utils.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+LOCK = ".lock"
+TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")  # what `atomic_file` writes to
 
 
 class CheckpointError(UserError):
@@ -84,16 +88,19 @@ def record_path(path: str | os.PathLike[str]) -> Path:
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings and containers of them) and its SHA-256 record.
 
-    Raises `CheckpointError` when `load_checkpoint` could not read the state back, and then leaves `path` as it was.
+    Raises `CheckpointError` when `load_checkpoint` could not read the state back, `OSError` when it cannot be written;
+    `path` then stays as it was.
     """
     path = Path(path)
+    buffer = io.BytesIO()  # torch.save to a file tells a full disk from other trouble by its message only
+    try:
+        torch.save(state, buffer)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path}: the state cannot be saved: {error}") from error
+    data = buffer.getvalue()
+    _parse(data, path)
     with atomic_file(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {path}: the state cannot be saved: {error}") from error
-        data = temporary.read_bytes()
-        _parse(data, path)
+        temporary.write_bytes(data)
         # The record comes first: once the checkpoint has its final name, everything needed to read it is there.
         atomic_write_text(record_path(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
 
@@ -105,6 +112,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     `torch.load(weights_only=True)` refuses.
     """
     path = Path(path)
+    return _parse(read_intact(path), path)
+
+
+def read_intact(path: Path) -> bytes:
+    """The bytes of a checkpoint that match its SHA-256 record. Raises `CheckpointError` as `load_checkpoint` does."""
     record = record_path(path)
     try:
         data = path.read_bytes()
@@ -122,7 +134,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint {path} is damaged or incomplete: its SHA-256 is {actual[:12]}..., "
             f"its record says {expected[:12]}...; use another checkpoint"
         )
-    return _parse(data, path)
+    return data
 
 
 def _parse(data: bytes, path: Path) -> dict[str, Any]:
@@ -153,14 +165,27 @@ def _load(source: str | os.PathLike[str] | BinaryIO, name: str, kind: str) -> di
     return content
 
 
+def sweep_leftovers(folder: Path) -> int:
+    """Remove what writers that were killed left anywhere below `folder`; returns how many files that were.
+
+    No process may be writing there: hold the lock.
+    """
+    leftovers = [path for path in folder.rglob(".*.tmp") if TEMPORARY_NAME.fullmatch(path.name)]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
 def lock_folder(folder: str | os.PathLike[str], locks: contextlib.ExitStack) -> bool:
     """Whether `folder` is now ours until `locks` closes; the system frees it too when the process dies.
 
-    Raises `CheckpointError` where the lock file cannot be made, or the file system has no locks.
+    The lock file says who holds it (`lock_holder`). Raises `CheckpointError` where it cannot be made, or the file
+    system has no locks.
     """
-    path = Path(folder) / ".lock"
+    path = Path(folder) / LOCK
     try:
-        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - stays open with the lock
+        # Not "w", which would wipe out the name of whoever holds the lock.
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open with the lock
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
     try:
@@ -174,4 +199,15 @@ def lock_folder(folder: str | os.PathLike[str], locks: contextlib.ExitStack) -> 
             f"cannot lock {path}: {error.strerror}; the file system needs locks (flock), choose a folder on another one"
         ) from error
     locks.enter_context(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
     return True
+
+
+def lock_holder(folder: str | os.PathLike[str]) -> str:
+    """Who holds the lock of `folder`, as "process PID on HOST", or "another process" where that cannot be read."""
+    try:
+        return (Path(folder) / LOCK).read_text(encoding="utf-8").strip() or "another process"
+    except (OSError, UnicodeDecodeError):
+        return "another process"

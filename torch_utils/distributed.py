@@ -5,8 +5,10 @@ Without `torchrun` no process group exists and every helper is the identity, wha
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO, TypeVar, overload
@@ -18,7 +20,11 @@ from torch_utils.errors import UserError
 
 T = TypeVar("T")
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
 _device: torch.device | None = None
+_roll_call: dist.ProcessGroup | None = None  # Gloo, of all ranks
+_timeout = datetime.timedelta(0)  # how long they wait for each other
 
 
 class DistributedError(UserError):
@@ -29,10 +35,11 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> None:
     """Choose this process's device and, under `torchrun`, join the process group. Calling it again changes nothing.
 
     device           "auto" (a GPU where there is one), "cpu", "cuda" (the GPU of this process), or "cuda:N" (alone).
-    timeout_minutes  How long a collective waits for a slow or lost rank before it raises.
+    timeout_minutes  How long the ranks wait for a slow or lost one before they stop and name it.
 
-    The group uses NCCL on GPUs and Gloo on the CPU. Raises `DistributedError` when the device or the group cannot be
-    had, and `ValueError` when an earlier call chose another kind of device.
+    The group uses NCCL on GPUs and Gloo on the CPU. A process whose launcher dies gets SIGTERM. Raises
+    `DistributedError` when the device or the group cannot be had, and `ValueError` when an earlier call chose another
+    kind of device.
     """
     global _device
     if _device is not None:
@@ -45,6 +52,7 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> None:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if ranks > 1:
+        _die_with_launcher()
         _join_group(chosen, timeout_minutes)
     _device = chosen
 
@@ -78,13 +86,23 @@ def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _die_with_launcher() -> None:
+    """Ask the system for SIGTERM when the parent process ends, so that no rank goes on without anybody's knowledge."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 def _join_group(chosen: torch.device, timeout_minutes: float) -> None:
+    global _roll_call, _timeout
+    _timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=_timeout,
             device_id=chosen if chosen.type == "cuda" else None,
         )
+        # Of NCCL's ranks nobody could say which one is missing.
+        _roll_call = dist.group.WORLD if chosen.type == "cpu" else dist.new_group(timeout=_timeout, backend="gloo")
     except (RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise DistributedError(
@@ -93,12 +111,21 @@ def _join_group(chosen: torch.device, timeout_minutes: float) -> None:
         ) from error
 
 
+def _call_roll() -> None:
+    """Wait until every rank is here. Raises `DistributedError` naming the one that is not within the group's time."""
+    try:
+        dist.monitored_barrier(_roll_call, _timeout)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DistributedError(f"rank {dist.get_rank()} stops, for another one is lost or hangs: {reason}") from error
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one, and forget the device."""
-    global _device
+    global _device, _roll_call
     if dist.is_initialized():
         dist.destroy_process_group()
-    _device = None
+    _device = _roll_call = None
 
 
 def rank() -> int:
@@ -135,16 +162,17 @@ def print0(*args: object, file: TextIO | None = None) -> None:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank is here. Raises `DistributedError` naming a rank that does not come."""
     if world_size() > 1:
-        dist.barrier(device_ids=[device().index] if device().type == "cuda" else None)
+        _call_roll()
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """Join `tensor [n, ...]` of all ranks along dimension 0, in rank order: `[world_size * n, ...]` on every rank.
 
     The result is on `tensor.device` and carries no gradient. Raises `ValueError` on every rank when a tensor has no
-    dimension or when shapes or dtypes differ, where a bare collective would hang or scramble the values.
+    dimension or when shapes or dtypes differ, where a bare collective would hang or scramble the values;
+    `DistributedError` naming a rank that does not come.
     """
     if tensor.ndim == 0:
         raise ValueError("all_gather needs a tensor with at least one dimension")
@@ -182,6 +210,7 @@ def all_gather_objects(obj: T) -> list[T]:
     """The picklable `obj` of every rank, in rank order, on every rank."""
     if world_size() == 1:
         return [obj]
+    _call_roll()
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, obj)
     return gathered
@@ -191,6 +220,7 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     """The picklable `obj` of rank `src`, on every rank."""
     if world_size() == 1:
         return obj
+    _call_roll()
     box = [obj]
     dist.broadcast_object_list(box, src=src, device=device())
     return box[0]

@@ -120,7 +120,7 @@ def _from_safetensors(data: bytes) -> SolverTable:
     if set(entries) != set(ARRAYS) or any(entry["dtype"] != "F64" or 0 in entry["shape"] for entry in entries.values()):
         raise TableError(f"not a solver table: the tensors are not {', '.join(ARRAYS)} in float64")
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # deserialize() has checked its form
-    text = header.get("__metadata__", {}).get("table", "{}")
+    text = (header.get("__metadata__") or {}).get("table", "{}")  # null is valid, too
     metadata = _json_values(text.encode("utf-8"), "the header's 'table' entry")
     return SolverTable.from_dict({**metadata, **safetensors.torch.load(data)})
 

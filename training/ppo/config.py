@@ -29,6 +29,9 @@ class RunConfig:
     output_root: str = "exps"  # run folders are made here, as <timestamp>-<run_name>
     run_name: str = "epd-ppo"
     seed: int = 0  # every random draw of the run is derived from it
+    # Of several processes: how long they wait for one that hangs before they stop and name it. More than the longest
+    # that one may be late, downloads by the first process included.
+    timeout_minutes: float = 30.0
 
 
 @dataclass
@@ -129,6 +132,8 @@ class PPOConfig:
     max_grad_norm: float | None = 1.0  # null: no limit
     # A prompt with a score that is not a number is left out of its step; more of them in the whole run end it.
     max_dropped_groups: int = 16
+    # An optimizer step whose gradient is not finite is left out; more of them in the whole run end it.
+    max_skipped_updates: int = 16
     # sum of a row's concentrations at the first step; larger explores less: 50 and null from a distilled table
     dirichlet_concentration: float = 10.0
     concentration_end: float | None = 100.0  # at the last step, reached geometrically; null: stays as it is
@@ -150,6 +155,12 @@ class EvaluationConfig:
 
 
 @dataclass
+class CheckpointsConfig:
+    keep_last: int | None = None  # newest checkpoints that stay; null: all; policy-best.pt stays always
+    keep_every: int | None = None  # beside them those of every so manyth step; null: none
+
+
+@dataclass
 class LoggingConfig:
     log_interval: int = 1  # steps between plain progress lines and TensorBoard points; metrics.jsonl has every step
     save_interval: int = 10  # steps between checkpoints
@@ -168,6 +179,7 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     pathwise: PathwiseConfig = field(default_factory=PathwiseConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
@@ -227,14 +239,18 @@ AT_LEAST = {
     "ppo.kl_coef": 0,
     "ppo.entropy_coef": 0,
     "ppo.max_dropped_groups": 0,
+    "ppo.max_skipped_updates": 0,
     "evaluation.interval": 0,
     "evaluation.num_prompts": 1,
     "evaluation.seed": 0,
     "evaluation.grid_images": 0,
+    "checkpoints.keep_last": 1,
+    "checkpoints.keep_every": 1,
     "logging.log_interval": 1,
     "logging.save_interval": 1,
 }
 ABOVE_ZERO = (
+    "run.timeout_minutes",
     "model.schedule_rho",
     "model.sigma_min",
     "model.sigma_max",

@@ -49,7 +49,7 @@ def launch(config: Config, resume: str, device: str) -> int:
     from torch_utils import distributed
     from training.ppo.inputs import load_inputs
 
-    distributed.init(device)
+    distributed.init(device, config.run.timeout_minutes)
     try:
         distributed.on_main(lambda: check_world_size(config, distributed.world_size()))
         inputs = distributed.on_main(lambda: load_inputs(config))

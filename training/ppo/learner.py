@@ -21,7 +21,10 @@ class Learner(Protocol):
         """The images of step `step` >= 1: the same whatever happened before, the policy's state aside."""
 
     def update(self, step: int, rollout: Rollout) -> dict[str, float]:
-        """Learn from what the draw gave; returns statistics, "kl" (to the start policy) among them."""
+        """Learn from what the draw gave; returns finite statistics, "kl" (to the start policy) among them.
+
+        "skipped_updates" counts the optimizer steps that were left out because their gradient was not finite.
+        """
 
 
 def learning_rate(first: float, schedule: str, step: int, steps: int) -> float:

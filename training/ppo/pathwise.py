@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,14 +41,19 @@ class Pathwise:
         pairs = zip(self.policy.mean_arrays(), -gradient, strict=True)
         trained, slopes = zip(*((array, slope) for array, slope in pairs if array.requires_grad), strict=True)
         torch.autograd.backward(trained, slopes)
-        self.optimizer.step()
-        return {
+        grads = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        finite = all(grad.isfinite().all() for grad in grads)
+        if finite:
+            self.optimizer.step()
+        found = {
+            "skipped_updates": int(not finite),
             "kl": self.policy.kl().item(),
             "learning_rate": rate,
             "grad_norm": gradient.norm().item(),
             "grad_norm_median": norms.median().item(),
             "grad_norm_max": norms.max().item(),
         }
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def robust_mean(gradients: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,9 @@ class PPOTrainer:
         self.guard = HackingGuard(runner.mix.name, [metric.name for metric in metrics])
         self.directory = directory
         self.step = 0
-        self.dropped_groups = 0  # in the whole run: prompts with a score that is not a number
+        # In the whole run: prompts with a score that is not a number, optimizer steps with a gradient that is not.
+        self.dropped_groups = self.skipped_updates = 0
+        self.seconds_checkpoint = 0.0  # that the last save took
         # After which steps the mean table is judged: every `interval` of them and the last one; also before the first.
         steps = config.ppo.steps
         self.evaluation_steps = set() if evaluator is None else {steps, *range(0, steps, config.evaluation.interval)}
@@ -70,7 +72,8 @@ class PPOTrainer:
     def train(self, stop: StopRequest) -> int:
         """Run to `ppo.steps`, to the end of the step in which a signal came, or until the reward is being exploited.
 
-        Returns the signal's number, or 0. Raises `UserError` when the GPU's memory does not suffice.
+        Returns the signal's number, or 0. Raises `UserError` when the GPU's memory does not suffice, when nothing can
+        be written, or when too much had to be left out.
         """
         reporter = None
         if distributed.is_main():
@@ -88,6 +91,12 @@ class PPOTrainer:
                 f"step {self.step}: the GPU's memory does not suffice; make fewer images at once with "
                 f"ppo.rollout_micro_batch (now {micro_batch}) and start again, the run goes on from its last checkpoint"
             ) from error
+        except OSError as error:
+            place = f"{error.filename or self.directory.path}: {error.strerror or error}"
+            raise UserError(
+                f"step {self.step}: cannot write {place}; make room there and start again, the run goes on from its "
+                "last checkpoint"
+            ) from error
         finally:
             if reporter is not None:
                 reporter.close()
@@ -104,7 +113,12 @@ class PPOTrainer:
         metrics: dict[str, Any] = {"step": self.step}
         if len(kept.rewards):
             metrics |= {**self._describe(kept), **self.learner.update(self.step, kept)}
-        metrics |= {"dropped_groups": dropped, "dropped_groups_in_all": self.dropped_groups}
+        self.skipped_updates += metrics.get("skipped_updates", 0)
+        metrics |= {
+            "dropped_groups": dropped,
+            "dropped_groups_in_all": self.dropped_groups,
+            "skipped_updates_in_all": self.skipped_updates,
+        }
         seconds = time.perf_counter() - started
         metrics |= {
             "images": self.step * len(rollout.rewards),
@@ -113,7 +127,9 @@ class PPOTrainer:
             "seconds_generation": rollout.seconds_generation,
             "seconds_reward": rollout.seconds_reward,
             "seconds_update": time.perf_counter() - rolled_out,
+            "seconds_checkpoint": self.seconds_checkpoint,  # of the save before this step, 0 where there was none
         }
+        self.seconds_checkpoint = 0.0
         signum = self._agree(stop.signum)
         last = self.step == self.config.ppo.steps
         if self.step in self.evaluation_steps:
@@ -122,24 +138,38 @@ class PPOTrainer:
         # The line comes before the checkpoint: after a crash between the two it is dropped and written again.
         if reporter is not None:
             reporter.log_step(metrics)
-        too_many = self.dropped_groups > self.config.ppo.max_dropped_groups
+        ppo = self.config.ppo
+        too_many = self.dropped_groups > ppo.max_dropped_groups or self.skipped_updates > ppo.max_skipped_updates
         if last or signum or too_many or self._must_stop() or self.step % self.config.logging.save_interval == 0:
-            self._save(self.directory.checkpoint(self.step))
+            self._save_step()
         if dropped:
-            self._note_dropped(rollout, dropped, too_many, reporter)
+            broken = first_broken(rollout.raw, self.runner.mix.rewards, rollout.draw.prompts)
+            counts = f"prompts left out: {dropped} in this step, {self.dropped_groups} in all"
+            self._note(f"{broken}; {counts}", self.dropped_groups, "ppo.max_dropped_groups", reporter)
+        if skipped := metrics.get("skipped_updates", 0):
+            counts = f"updates left out, for their gradient is not finite: {skipped}, {self.skipped_updates} in all"
+            self._note(counts, self.skipped_updates, "ppo.max_skipped_updates", reporter)
         return signum
 
-    def _note_dropped(self, rollout: Rollout, dropped: int, too_many: bool, reporter: Reporter | None) -> None:
-        """Say which groups a step left out. Raises `UserError` where there were too many in the run."""
-        broken = first_broken(rollout.raw, self.runner.mix.rewards, rollout.draw.prompts)
-        message = f"step {self.step}: {broken}; prompts left out: {dropped} in this step, {self.dropped_groups} in all"
-        if too_many:
+    def _note(self, what: str, count: int, limit: str, reporter: Reporter | None) -> None:
+        """Say what a step left out. Raises `UserError` where `count` is above the limit that `limit` names."""
+        message = f"step {self.step}: {what}"
+        most = flatten(self.config)[limit]
+        if count > most:
             raise UserError(
-                f"{message}, more than ppo.max_dropped_groups={self.config.ppo.max_dropped_groups}; the images or the "
-                f"reward's weights are bad; {self.directory.checkpoint(self.step)} has the policy so far"
+                f"{message}, more than {limit}={most}; the images or the reward's weights are bad; "
+                f"{self.directory.checkpoint(self.step)} has the policy so far"
             )
         if reporter is not None:
             reporter.progress.message(f"note: {message}")
+
+    def _save_step(self) -> None:
+        """The checkpoint of this step, and none too many."""
+        started = time.perf_counter()
+        self._save(self.directory.checkpoint(self.step))
+        if distributed.is_main():
+            self.directory.prune_checkpoints(self.config.checkpoints)
+        self.seconds_checkpoint = time.perf_counter() - started
 
     def _must_stop(self) -> bool:
         """Whether the reward is being exploited and the configuration says to end the run then."""
@@ -207,6 +237,7 @@ class PPOTrainer:
                 "optimizer": self.learner.optimizer.state_dict(),
                 "guard": self.guard.state(),
                 "dropped_groups": self.dropped_groups,
+                "skipped_updates": self.skipped_updates,
                 "mix": self.runner.mix.state(),
                 "evaluation_mix": [] if self.evaluator is None else self.evaluator.mix.state(),
                 "start_table_sha256": self.policy.start.sha256(),
@@ -220,7 +251,7 @@ class PPOTrainer:
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.guard.restore(state["guard"])
-        self.dropped_groups = state["dropped_groups"]
+        self.dropped_groups, self.skipped_updates = state["dropped_groups"], state["skipped_updates"]
         self.runner.mix.restore(state["mix"])
         if self.evaluator is not None:
             self.evaluator.mix.restore(state["evaluation_mix"])

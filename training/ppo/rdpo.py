@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from statistics import fmean
+
 import torch
 from torch import Tensor
 
@@ -47,15 +50,17 @@ class RDPO:
         gains = advantages(rollout.rewards, groups, ppo.normalize_advantages)
         rate = learning_rate(ppo.learning_rate, ppo.learning_rate_schedule, step, ppo.steps)
         set_learning_rate(self.optimizer, rate)
-        losses, norms = [], []
+        taken, skipped = [], 0
         for epoch in range(ppo.ppo_epochs):
             for index in self._minibatches(step, epoch, len(gains)):
                 loss, norm = self._optimize(rollout, gains, index)
-                losses.append(loss)
-                norms.append(norm)
+                if math.isfinite(norm):
+                    taken.append((loss, norm))
+                else:
+                    skipped += 1
         with torch.no_grad():
             ratios = ratio_statistics(self.policy.log_prob(sample), sample.log_prob, ppo.clip_range)
-            return {
+            found = {
                 "kl": self.policy.kl().item(),
                 "approx_kl": ratios.approx_kl,
                 "clip_fraction": ratios.clip_fraction,
@@ -64,9 +69,12 @@ class RDPO:
                 "entropy": self.policy.entropy().item(),
                 "concentration": self.policy.concentration,
                 "learning_rate": rate,
-                "loss": sum(losses) / len(losses),
-                "grad_norm": sum(norms) / len(norms),
+                "skipped_updates": skipped,
             }
+        if taken:
+            found["loss"], found["grad_norm"] = (fmean(values) for values in zip(*taken, strict=True))
+        # Ratios may be infinite where updates were skipped; such a number is not written down.
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def _minibatches(self, step: int, epoch: int, count: int) -> list[Tensor]:
         size = self.ppo.minibatch_size or count
@@ -74,7 +82,10 @@ class RDPO:
         return list(torch.randperm(count, generator=random).split(size))
 
     def _optimize(self, rollout: Rollout, gains: Tensor, index: Tensor) -> tuple[float, float]:
-        """One optimizer step on the samples `index`; returns the loss and the gradient's norm before clipping."""
+        """One optimizer step on the samples `index`; returns the loss and the gradient's norm before clipping.
+
+        Where the norm is not finite the step is not taken: neither weights nor the optimizer's state change.
+        """
         ppo = self.ppo
         sample = rollout.draw.sample.select(index)
         loss = clipped_surrogate(self.policy.log_prob(sample), sample.log_prob, gains[index], ppo.clip_range)
@@ -82,6 +93,7 @@ class RDPO:
         self.optimizer.zero_grad()
         loss.backward()
         limit = float("inf") if ppo.max_grad_norm is None else ppo.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit, error_if_nonfinite=True)
-        self.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        if norm.isfinite():
+            self.optimizer.step()
         return loss.item(), norm.item()

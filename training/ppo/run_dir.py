@@ -12,23 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from torch_utils import distributed
-from torch_utils.checkpoint import CheckpointError, atomic_write_text, load_checkpoint, lock_folder
+from torch_utils.checkpoint import (
+    CheckpointError,
+    atomic_write_text,
+    load_checkpoint,
+    lock_folder,
+    lock_holder,
+    read_intact,
+    record_path,
+    sweep_leftovers,
+)
 from torch_utils.errors import UserError
-from training.ppo.config import Config, differences, load_config, to_yaml
+from training.ppo.config import CheckpointsConfig, Config, differences, load_config, to_yaml
 from training.ppo.policy import EPDParamPolicy
 from training.table import SolverTable, load_table, save_table
 
 # What may change when a run is resumed by name: how long it runs, how often it reports, where and how fast.
 FREE_KEYS = re.compile(
-    r"ppo\.steps|logging\..*|run\.output_root|model\.model_path|reward\.(weights_path|batch_size)|ppo\.rollout_micro_batch"
-    r"|ppo\.max_dropped_groups"
+    r"ppo\.steps|logging\..*|run\.(output_root|timeout_minutes)|model\.model_path|reward\.(weights_path|batch_size)|ppo\.rollout_micro_batch"
+    r"|ppo\.max_(dropped_groups|skipped_updates)|checkpoints\..*"
     r"|evaluation\.on_divergence|distill\..*"
     # The start table is compared by content.
     r"|data\.predictor_snapshot|model\.num_(steps|points)"
 )
 CHECKPOINT_KEYS = {
     *("step", "policy", "optimizer", "guard", "start_table_sha256"),
-    *("dropped_groups", "mix", "evaluation_mix"),
+    *("dropped_groups", "skipped_updates", "mix", "evaluation_mix"),
 }
 CHECKPOINT_NAME = re.compile(r"policy-step(\d{6,})\.pt")
 
@@ -78,11 +87,36 @@ class RunDirectory:
     def sample_grid(self, step: int) -> Path:
         return self.path / "samples" / f"step{step:06d}.png"
 
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, by name, rising."""
+        matches = (CHECKPOINT_NAME.fullmatch(file.name) for file in (self.path / "checkpoints").glob("policy-step*.pt"))
+        return sorted(int(match[1]) for match in matches if match)
+
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint of the highest step, by name; None where there is none."""
-        matches = (CHECKPOINT_NAME.fullmatch(file.name) for file in (self.path / "checkpoints").glob("policy-step*.pt"))
-        steps = [int(match[1]) for match in matches if match]
-        return self.checkpoint(max(steps)) if steps else None
+        steps = self.checkpoint_steps()
+        return self.checkpoint(steps[-1]) if steps else None
+
+    def latest_intact_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose bytes match its record; a line on stderr names those that do not."""
+        for step in reversed(self.checkpoint_steps()):
+            try:
+                read_intact(self.checkpoint(step))
+            except CheckpointError as error:
+                distributed.print0(f"note: {error}; trying the one before")
+            else:
+                return self.checkpoint(step)
+        return None
+
+    def prune_checkpoints(self, keep: CheckpointsConfig) -> None:
+        """Remove all but the newest `keep.keep_last` and those of every `keep.keep_every`-th step."""
+        if keep.keep_last is None:
+            return
+        for step in self.checkpoint_steps()[: -keep.keep_last]:
+            if keep.keep_every is None or step % keep.keep_every:
+                # The record goes last: a checkpoint without one would look damaged.
+                for path in (self.checkpoint(step), record_path(self.checkpoint(step))):
+                    path.unlink(missing_ok=True)
 
     def write(self, config: Config, start: SolverTable) -> None:
         """Write the resolved configuration and the start table, making the folders."""
@@ -106,8 +140,9 @@ def open_run(config: Config, start: SolverTable, resume: str) -> Iterator[tuple[
 
     Gives, on every rank, the folder and the checkpoint to go on from (None: start at the beginning). `resume` is
     "never", "auto", or a run folder. "auto" continues the newest folder of the same name with the same start table and
-    a configuration that differs in FREE_KEYS at most, but not in `ppo.steps`, which has a checkpoint and which no other
-    process is using; where that run is finished, nothing is left to do. Raises `RunError`.
+    a configuration that differs in FREE_KEYS at most, but not in `ppo.steps`, which has an intact checkpoint (damaged
+    ones are named on stderr) and which no other process is using; where that run is finished, nothing is left to do.
+    Raises `RunError`, or `CheckpointError` where the newest checkpoint of a named folder is damaged.
     """
     with contextlib.ExitStack() as locks:
 
@@ -133,10 +168,23 @@ def _continue_named(
     if checkpoint is None:
         raise RunError(f"{directory.path} has no checkpoint to resume from; use --resume never")
     if not lock_folder(directory.path, locks):
-        raise RunError(f"{directory.path} is in use by another process; wait for it, or use --resume never")
+        holder = lock_holder(directory.path)
+        raise RunError(f"{directory.path} is in use by {holder}; wait for it, or use --resume never")
+    _check_named(directory, checkpoint)
+    sweep_leftovers(directory.path)
     if differing:
         directory.write(config, start)
     return directory, checkpoint
+
+
+def _check_named(directory: RunDirectory, checkpoint: Path) -> None:
+    """Raise `CheckpointError` where the newest checkpoint is damaged, with the way to go on from an older one."""
+    try:
+        read_intact(checkpoint)
+    except CheckpointError as error:
+        older = directory.latest_intact_checkpoint()
+        way = "no other is intact" if older is None else f"to go on from {older.name}, move the damaged ones away"
+        raise CheckpointError(f"{error}; {way}") from error
 
 
 def _create(config: Config, start: SolverTable, locks: contextlib.ExitStack) -> RunDirectory:
@@ -162,8 +210,7 @@ def _find_equal(config: Config, start: SolverTable, locks: contextlib.ExitStack)
     root = Path(config.run.output_root)
     for path in sorted(root.glob("*") if root.is_dir() else (), reverse=True):
         directory = RunDirectory(path)
-        checkpoint = directory.latest_checkpoint()
-        if not name.fullmatch(path.name) or checkpoint is None:
+        if not name.fullmatch(path.name) or not directory.checkpoint_steps():
             continue
         try:
             differing = _changed_keys(directory, config, start)
@@ -173,6 +220,10 @@ def _find_equal(config: Config, start: SolverTable, locks: contextlib.ExitStack)
                 continue
         except UserError:
             continue  # of another version, incomplete, or another user's: not a run that can be continued
+        checkpoint = directory.latest_intact_checkpoint()
+        if checkpoint is None:
+            continue
+        sweep_leftovers(directory.path)
         if differing:
             directory.write(config, start)
         return directory, checkpoint

@@ -1,0 +1,80 @@
+"""The toy run with one fault, as a program:
+
+    faulty_training.py PHASE STEP RANK SIGNAL FOLDER CONFIG auto|never|RUN_DIR [override ...]
+
+In step STEP rank RANK sends itself SIGNAL (KILL, STOP, ...) in the middle of PHASE, once: FOLDER/fault then says when.
+FOLDER/starts has a line with the time for every start of a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from toy_training import ToyDenoiser, ToyReward, run_toy
+
+from torch_utils import checkpoint, distributed
+from training.ppo.ppo_trainer import PPOTrainer
+from training.ppo.rdpo import RDPO
+
+# Where a phase can be interrupted: what holds a function, and its name.
+PHASES = {
+    "rollout": (ToyDenoiser, "slope"),
+    "reward": (ToyReward, "score"),
+    "update": (RDPO, "_optimize"),
+    "gather": (distributed, "all_gather"),
+    "save": (checkpoint.os, "replace"),
+}
+
+
+def started() -> float:
+    """When this process began, in seconds since 1970: long before its imports are done."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+class Fault:
+    """Strikes at the phase's first call in the step."""
+
+    def __init__(self, phase: str, step: int, rank: int, signum: int, folder: Path):
+        self.step, self.rank, self.signum, self.marker = step, rank, signum, folder / "fault"
+        self.now = 0
+        holder, name = PHASES[phase]
+        setattr(holder, name, self.before(vars(holder)[name]))
+        PPOTrainer._train_step = self.counting(PPOTrainer._train_step)
+
+    def counting(self, train_step):
+        @functools.wraps(train_step)
+        def wrapper(trainer, *arguments):
+            self.now = trainer.step + 1
+            return train_step(trainer, *arguments)
+
+        return wrapper
+
+    def before(self, function):
+        @functools.wraps(function)
+        def wrapper(*arguments, **options):
+            if self.now == self.step and distributed.rank() == self.rank and not self.marker.exists():
+                self.marker.write_text(str(time.time()))
+                os.kill(os.getpid(), self.signum)
+            return function(*arguments, **options)
+
+        return wrapper
+
+
+def main() -> None:
+    phase, step, rank, name, folder, config, resume, *overrides = sys.argv[1:]
+    with open(Path(folder) / "starts", "a") as file:
+        file.write(f"{started()}\n")
+    Fault(phase, int(step), int(rank), signal.Signals[f"SIG{name}"], Path(folder))
+    signum = run_toy(Path(config), resume, overrides)
+    if signum:
+        sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Processes killed in the middle of their work, on two ranks: the run goes on by itself and ends as if undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from toy_training import run_toy, write_files
+
+from torch_utils.checkpoint import load_checkpoint
+from training.ppo.run_dir import RunDirectory
+
+pytestmark = pytest.mark.reliability
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+STEPS, SAVE_EVERY, FAULT_STEP = 6, 2, 4
+OPTIONS = [f"ppo.steps={STEPS}", f"logging.save_interval={SAVE_EVERY}"]
+STOP_S = 10.0
+
+
+def only_run(root: Path) -> RunDirectory:
+    (folder,) = (root / "exps").iterdir()
+    return RunDirectory(folder)
+
+
+def without_timings(path: Path) -> list[dict]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in record.items() if "second" not in key} for record in records]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> RunDirectory:
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert run_toy(write_files(root), "never", OPTIONS) == 0
+    return only_run(root)
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    settings = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | settings
+
+
+def start(
+    root: Path, phase: str, rank: int, name: str, *, restarts: int = 2, extra: Sequence[str] = ()
+) -> subprocess.Popen:
+    """The toy on two ranks under torchrun, with the settings of train.sh, in a session of its own."""
+    config = write_files(root)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher += [f"--max-restarts={restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    fault = [phase, str(FAULT_STEP), str(rank), name, str(root)]
+    program = [str(HERE / "faulty_training.py"), *fault, str(config), "auto"]
+    return subprocess.Popen(
+        [*launcher, *program, *OPTIONS, *extra],
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 150) -> str:
+    """What it wrote to stderr; whatever is left of it is killed."""
+    try:
+        return process.communicate(timeout=timeout)[1]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def assert_as_undisturbed(directory: RunDirectory, undisturbed: RunDirectory) -> None:
+    ours, theirs = (load_checkpoint(run.checkpoint(STEPS)) for run in (directory, undisturbed))
+    assert ours["policy"].keys() == theirs["policy"].keys()
+    for name, weight in theirs["policy"].items():
+        assert torch.equal(ours["policy"][name], weight)
+    assert without_timings(directory.metrics) == without_timings(undisturbed.metrics)
+    assert without_timings(directory.evaluations) == without_timings(undisturbed.evaluations)
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank"), [("rollout", 1), ("reward", 0), ("update", 1), ("gather", 1), ("gather", 0), ("save", 0)]
+)
+def test_a_killed_rank_costs_what_came_after_the_last_checkpoint(tmp_path, undisturbed, phase, rank):
+    process = start(tmp_path, phase, rank, "KILL")
+    messages = finish(process)
+    assert process.returncode == 0, messages
+    killed = float((tmp_path / "fault").read_text())
+    starts = sorted(float(line) for line in (tmp_path / "starts").read_text().split())
+    assert len(starts) == 4 and starts[1] < killed < starts[2]
+    # torchrun starts the ranks again when none is left.
+    assert starts[2] - killed < STOP_S, messages
+    directory = only_run(tmp_path)
+    assert_as_undisturbed(directory, undisturbed)
+    assert not [path for path in directory.path.rglob(".*.tmp")]
+
+
+def test_a_rank_that_hangs_is_named_and_replaced(tmp_path, undisturbed):
+    process = start(tmp_path, "reward", 1, "STOP", extra=["run.timeout_minutes=0.1"])
+    messages = finish(process)
+    assert process.returncode == 0, messages
+    assert (
+        "rank 0 stops, for another one is lost or hangs: [Rank 0]: Rank 1 failed to pass monitoredBarrier" in messages
+    )
+    assert_as_undisturbed(only_run(tmp_path), undisturbed)
+
+
+def children(root: Path) -> list[int]:
+    """The processes that train below `root`, launchers left aside."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue
+            if "torch.distributed.run" not in command and str(root) in command:
+                found.append(int(folder.name))
+    return found
+
+
+def wait_until(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize(("name", "code"), [("TERM", 143), ("USR1", 143), ("INT", 130)])
+def test_a_signal_to_the_launcher_ends_all_ranks_at_the_same_step(tmp_path, undisturbed, name, code):
+    """The step takes long enough for a signal to come in its middle: rank 1 is stopped in it for a while."""
+    process = start(tmp_path, "reward", 1, "STOP", restarts=0)
+    assert wait_until(lambda: (tmp_path / "fault").exists(), 60)
+    process.send_signal(signal.Signals[f"SIG{name}"])
+    time.sleep(1)
+    for pid in children(tmp_path):
+        os.kill(pid, signal.SIGCONT)
+    messages = finish(process)
+    assert f"SIG{name}: finishing this step and saving" in messages, messages
+    assert "exitcode" not in messages or f"exitcode  : {code}" in messages
+    assert not children(tmp_path)
+    directory = only_run(tmp_path)
+    assert load_checkpoint(directory.latest_checkpoint())["step"] == FAULT_STEP
+    assert run_toy(tmp_path / "toy.yaml", "auto", OPTIONS) == 0
+    assert_as_undisturbed(directory, undisturbed)
+
+
+def test_no_rank_outlives_its_launcher(tmp_path, undisturbed):
+    process = start(tmp_path, "reward", 1, "STOP", restarts=0)
+    assert wait_until(lambda: (tmp_path / "fault").exists(), 60)
+    process.kill()
+    process.communicate()
+    assert len(children(tmp_path)) == 2
+    for pid in children(tmp_path):
+        os.kill(pid, signal.SIGCONT)
+    assert wait_until(lambda: not children(tmp_path), STOP_S), "the ranks go on without a launcher"
+    assert run_toy(tmp_path / "toy.yaml", "auto", OPTIONS) == 0
+    assert_as_undisturbed(only_run(tmp_path), undisturbed)
+
+
+def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path, undisturbed):
+    """1, 2 and 1 again; the number of steps is the whole run's, so that the learning rate is."""
+    config = write_files(tmp_path)
+    for ranks, until in ((1, 2), (2, 4), (1, 6)):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        fault = ["reward", str(until), "0", "USR1", str(tmp_path)]
+        command = [sys.executable, *launcher, str(HERE / "faulty_training.py"), *fault, str(config), "auto", *OPTIONS]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        (tmp_path / "fault").unlink()
+        assert load_checkpoint(only_run(tmp_path).latest_checkpoint())["step"] == until, done.stderr
+    assert_as_undisturbed(only_run(tmp_path), undisturbed)

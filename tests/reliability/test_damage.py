@@ -1,0 +1,223 @@
+"""Damaged checkpoints, full disks, folders in use, gradients that are no numbers: nothing is lost, and it is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy_training import run_toy, write_files
+
+from torch_utils.checkpoint import CheckpointError, load_checkpoint, record_path
+from torch_utils.errors import UserError
+from training.ppo.cold_start import cold_start_table
+from training.ppo.config import CheckpointsConfig, PPOConfig
+from training.ppo.policy import EPDParamPolicy
+from training.ppo.rdpo import RDPO
+from training.ppo.rl_runner import Draw, Rollout
+from training.ppo.run_dir import RunDirectory, RunError
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+@pytest.fixture
+def toy(tmp_path) -> Path:
+    return write_files(tmp_path)
+
+
+def only_run(root: Path) -> RunDirectory:
+    (folder,) = (root / "exps").iterdir()
+    return RunDirectory(folder)
+
+
+def steps_of(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    torch.save({"step": 6}, path)
+
+
+def no_record(path: Path) -> None:
+    record_path(path).unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, foreign, no_record])
+def test_a_run_goes_on_from_the_newest_intact_checkpoint(toy, tmp_path, damage, capsys):
+    run_toy(toy, "never", ["ppo.steps=6", f"run.output_root={tmp_path}/undisturbed"])
+    (folder,) = (tmp_path / "undisturbed").iterdir()
+    run_toy(toy, "never", ["ppo.steps=6"])
+    directory = only_run(tmp_path)
+    for step in (4, 6):
+        damage(directory.checkpoint(step))
+    with pytest.raises(
+        CheckpointError, match=r"step000006\.pt .*; to go on from policy-step000002\.pt, move the damaged"
+    ):
+        run_toy(toy, str(directory.path), ["ppo.steps=6"])
+    capsys.readouterr()
+    run_toy(toy, "auto", ["ppo.steps=6"])
+    said = capsys.readouterr().err
+    assert "policy-step000006.pt" in said and "policy-step000004.pt" in said and "2 of 6 steps done" in said
+    assert only_run(tmp_path) == directory and steps_of(directory.metrics) == list(range(1, 7))
+    ours, theirs = (load_checkpoint(run.checkpoint(6))["policy"] for run in (directory, RunDirectory(folder)))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_without_an_intact_checkpoint_a_run_begins_anew(toy, tmp_path):
+    run_toy(toy, "never", [])
+    directory = only_run(tmp_path)
+    for step in directory.checkpoint_steps():
+        empty(directory.checkpoint(step))
+    with pytest.raises(CheckpointError, match="no other is intact"):
+        run_toy(toy, str(directory.path), [])
+    run_toy(toy, "auto", [])
+    assert len(list((tmp_path / "exps").iterdir())) == 2
+
+
+def test_what_a_killed_writer_left_is_swept_at_the_next_start(toy, tmp_path):
+    run_toy(toy, "never", [])
+    directory = only_run(tmp_path)
+    leftovers = [directory.path / part / f".{'0a' * 8}.tmp" for part in ("checkpoints", "logs", "samples")]
+    for path in leftovers:
+        path.write_bytes(b"half a file")
+    kept = directory.path / "checkpoints" / ".mine.tmp"
+    kept.write_bytes(b"a user's own")
+    run_toy(toy, str(directory.path), ["ppo.steps=5"])
+    assert not any(path.exists() for path in leftovers) and kept.exists()
+
+
+def test_checkpoints_are_pruned_as_asked(toy, tmp_path):
+    run_toy(
+        toy, "never", ["ppo.steps=9", "logging.save_interval=1", "checkpoints.keep_last=2", "checkpoints.keep_every=3"]
+    )
+    directory = only_run(tmp_path)
+    assert directory.checkpoint_steps() == [3, 6, 8, 9]
+    assert len(list((directory.path / "checkpoints").glob("policy-step*.sha256"))) == 4
+    assert directory.best_checkpoint.exists() and load_checkpoint(directory.checkpoint(3))["step"] == 3
+    directory.prune_checkpoints(CheckpointsConfig(keep_last=1))
+    assert directory.checkpoint_steps() == [9]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from toy_training import ToyReward, run_toy
+from torch_utils.errors import UserError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+root, limit = Path(sys.argv[1]), int(sys.argv[2])
+score = ToyReward.score
+calls = 0
+
+def full_after_a_while(self, images, prompts):
+    global calls
+    calls += 1
+    if calls == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return score(self, images, prompts)
+
+ToyReward.score = full_after_a_while
+try:
+    run_toy(root / "toy.yaml", "auto", ["ppo.steps=8", "evaluation.interval=0"])
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 2000])
+def test_a_full_disk_is_said_and_costs_nothing_that_was_saved(toy, tmp_path, limit):
+    """The system refuses to make any file longer than `limit` bytes from the fifth step on, as a full disk would."""
+    (tmp_path / "program.py").write_text(FULL_DISK)
+    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path), str(limit)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stdout and "File too large; make room there and start again" in done.stdout
+    directory = only_run(tmp_path)
+    assert directory.checkpoint_steps() == [2, 4]
+    load_checkpoint(directory.checkpoint(4))
+    assert run_toy(toy, "auto", ["ppo.steps=8", "evaluation.interval=0"]) == 0
+    assert steps_of(directory.metrics) == list(range(1, 9))
+    assert not list(directory.path.rglob(".*.tmp"))
+
+
+def test_two_runs_in_one_folder(toy, tmp_path):
+    """The second one is told who is there; when that process is dead the lock is free."""
+    run_toy(toy, "never", [])
+    directory = only_run(tmp_path)
+    code = (
+        "import contextlib, sys, time; from torch_utils.checkpoint import lock_folder\n"
+        "with contextlib.ExitStack() as locks: print(lock_folder(sys.argv[1], locks), flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, directory.path], env=environment, text=True, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == "True\n"
+        with pytest.raises(RunError, match=rf"is in use by process {holder.pid} on {os.uname().nodename}; wait for it"):
+            run_toy(toy, str(directory.path), ["ppo.steps=5"])
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert f"process {holder.pid}" in (directory.path / ".lock").read_text()  # stale, and no obstacle
+    assert run_toy(toy, str(directory.path), ["ppo.steps=5"]) == 0
+    assert f"process {os.getpid()}" in (directory.path / ".lock").read_text()
+
+
+def broken_rollout(policy: EPDParamPolicy) -> Rollout:
+    """Finite rewards, and samples that the policy had no chance to draw: ratios and gradients overflow."""
+    sample = policy.sample_tables(range(4))
+    sample.log_prob.fill_(-1e9)
+    draw = Draw(sample, ["a", "a", "b", "b"], [1, 1, 2, 2], torch.tensor([0, 0, 1, 1]))
+    rewards = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    return Rollout(draw, rewards, raw=rewards[:, None])
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted():
+    policy = EPDParamPolicy(cold_start_table(4, 2), parameterization="direct")
+    learner = RDPO(policy, PPOConfig(rollout_batch_size=4, rloo_k=2, ppo_epochs=3), seed=0)
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    found = learner.update(1, broken_rollout(policy))
+    assert found["skipped_updates"] == 3 and "loss" not in found
+    json.dumps(found, allow_nan=False)
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
+    assert not learner.optimizer.state_dict()["state"]
+
+
+class Overflowing(RDPO):
+    """Every update of it overflows."""
+
+    def _optimize(self, rollout, gains, index):
+        return super()._optimize(rollout, gains * float("inf"), index)
+
+
+def test_too_many_such_gradients_end_the_run(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.ppo.ppo_trainer.RDPO", Overflowing)
+    with pytest.raises(
+        UserError, match=r"updates left out.*more than ppo\.max_skipped_updates=5; .*has the policy so far"
+    ):
+        run_toy(toy, "never", ["ppo.max_skipped_updates=5", "ppo.steps=8"])
+    state = load_checkpoint(only_run(tmp_path).latest_checkpoint())
+    assert state["step"] == 2 and state["skipped_updates"] == 8
+    assert all(weight.isfinite().all() for weight in state["policy"].values())
