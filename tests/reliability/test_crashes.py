@@ -159,7 +159,7 @@ def test_no_rank_outlives_its_launcher(tmp_path, undisturbed):
     process = start(tmp_path, "reward", 1, "STOP", restarts=0)
     assert wait_until(lambda: (tmp_path / "fault").exists(), 60)
     process.kill()
-    process.communicate()
+    process.wait()
     assert len(children(tmp_path)) == 2
     for pid in children(tmp_path):
         os.kill(pid, signal.SIGCONT)
