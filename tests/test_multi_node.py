@@ -150,7 +150,7 @@ def test_two_nodes_sample_as_one_process_does(tmp_path, start_nodes):
     run_alone(sample.main, *options, str(tmp_path / "one"))
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].err.read_text()
     one, two = (
-        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
         for folder in (tmp_path / "one", tmp_path / "two")
     )
     assert one == two  # pictures, their grid, and the manifest, with nothing left of the ranks' own
