@@ -13,13 +13,21 @@ import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from torch_utils.errors import UserError
+from torch_utils.pickle_parser import PickleError
+from torch_utils.torch_file import check_torch_file
+from torch_utils.untrusted import no_link, read_bounded
 
 CHUNK_BYTES = 1 << 20
+# With others, of 8 bits and less, torch has no arithmetic.
+WEIGHT_TYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
 LOCK = ".lock"
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")  # what `atomic_file` writes to
 
@@ -123,7 +131,7 @@ def read_intact(path: Path) -> bytes:
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
     try:
-        expected = record.read_text(encoding="utf-8").split()[0]
+        expected = read_bounded(record, CHUNK_BYTES).decode("utf-8").split()[0]
     except (OSError, UnicodeDecodeError, IndexError) as error:
         raise CheckpointError(
             f"checkpoint {path} has no readable SHA-256 record {record.name}; copy both files or use another checkpoint"
@@ -149,12 +157,20 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     return _load(path, f"{path}", kind)
 
 
-def _load(source: str | os.PathLike[str] | BinaryIO, name: str, kind: str) -> dict[str, Any]:
+def _load(source: str | os.PathLike[str] | io.BytesIO, name: str, kind: str) -> dict[str, Any]:
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
+        with source if isinstance(source, io.BytesIO) else open(source, "rb") as file:
+            check_torch_file(file)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read as {kind}: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+    except PickleError as error:
+        raise CheckpointError(
+            f"{name} cannot be read as {kind}: it is damaged, or holds something other than tensors, numbers, strings, "
+            f"lists and dicts ({error})"
+        ) from error
+    except Exception as error:  # what torch and zipfile raise for a damaged file is written down nowhere
         # What torch says advises to switch the protection off.
         raise CheckpointError(
             f"{name} cannot be read as {kind}: it is damaged, or holds something other than tensors, numbers, strings, "
@@ -185,7 +201,7 @@ def lock_folder(folder: str | os.PathLike[str], locks: contextlib.ExitStack) -> 
     path = Path(folder) / LOCK
     try:
         # Not "w", which would wipe out the name of whoever holds the lock.
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open with the lock
+        file = open(path, "a", encoding="utf-8", opener=no_link)  # noqa: SIM115 - stays open with the lock
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
     try:

@@ -14,6 +14,9 @@ from PIL import Image
 from torch_utils.checkpoint import atomic_file
 from torch_utils.errors import UserError
 
+# Formats that are plain pictures; of the others that Pillow knows, EPS is a program that Ghostscript would run.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 4096 * 4096  # 0.2 GB as float32
 # What Pillow raises on broken, truncated or oversized files, depending on the format.
 UNREADABLE = (
     OSError,
@@ -80,11 +83,11 @@ def load_image(path: str | os.PathLike[str]) -> torch.Tensor:
 
     Grey and palette images are expanded; an alpha channel is dropped, not blended; EXIF rotation is not applied; of an
     animation the first frame counts. Raises `ImageError` naming the file when it is missing, broken or truncated, has
-    more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or more than 8 bits per channel.
+    more than `MAX_PIXELS` or `PIL.Image.MAX_IMAGE_PIXELS` pixels, more than 8 bits per channel, or none of `FORMATS`.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS):
                 raise ImageError(f"image {path} is too large: {image.width} x {image.height} pixels")
             if image.mode.startswith(("I", "F")):
                 raise ImageError(f"image {path} has more than 8 bits per channel (mode {image.mode}); save it as 8-bit")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_utils.checkpoint import atomic_write_text, lock_folder, sha256_file
 from torch_utils.errors import UserError
+from torch_utils.untrusted import bounded_lines, no_link, parse_json
 from training.images import load_image
 
 MANIFEST = "manifest.jsonl"
@@ -54,9 +55,9 @@ class Manifest:
         over; in the manifest itself a damaged line is an error unless `skip_damaged`."""
         lines = {}
         for path in self._files():
-            for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+            for number, text in enumerate(bounded_lines(path), start=1):
                 try:
-                    line = json.loads(text)
+                    line = parse_json(text)
                     lines[int(line["seed"])] = line
                 except (ValueError, KeyError, TypeError) as error:
                     if path == self.path and not skip_damaged:
@@ -113,7 +114,8 @@ class Manifest:
     @contextlib.contextmanager
     def writer(self, rank: int) -> Iterator[Callable[[int, str], None]]:
         """Gives `add(seed, prompt)`, to be called when the image's file is complete; each line is flushed."""
-        with open(self.folder / f"manifest-rank{rank}.jsonl", "a", encoding="utf-8") as stream:
+        part = self.folder / f"manifest-rank{rank}.jsonl"
+        with open(part, "a", encoding="utf-8", opener=no_link) as stream:
 
             def add(seed: int, prompt: str) -> None:
                 file = image_name(seed)

@@ -12,9 +12,12 @@ from pathlib import Path
 
 from torch_utils.errors import UserError
 from torch_utils.seeds import MAX_IMAGE_SEED
+from torch_utils.untrusted import read_bounded
 
 PROMPT_COLUMNS = ("text", "caption", "prompt")
 MAX_SEED_COUNT = 1_000_000  # image names carry six digits
+MAX_FILE_BYTES = 128 << 20
+MAX_LINES = 2_000_000
 
 
 class PromptError(UserError):
@@ -44,9 +47,11 @@ def load_prompts(path: str | os.PathLike[str]) -> list[str]:
 
 def _read_utf8(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_FILE_BYTES)
     except OSError as error:
         raise PromptError(f"cannot read prompt file {path}: {error.strerror}") from error
+    if max(data.count(b"\n"), data.count(b"\r")) > MAX_LINES:
+        raise PromptError(f"prompt file {path} has more than {MAX_LINES} lines; split it")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, fields
 
 from torch_utils.errors import UserError
+from torch_utils.untrusted import parse_json
 
 # The solvers that read a table, and the highest `max_order` of those that have one: solver_utils owns these numbers,
 # but needs torch; a test keeps the two in step.
@@ -106,8 +107,7 @@ def _json_copy(name: str, value: dict) -> dict:
     """A deep copy of a JSON object; what JSON cannot hold unchanged is an error."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        text.encode("utf-8")
-        result = json.loads(text)
+        result = parse_json(text)
     except (TypeError, ValueError, RecursionError) as err:
         raise TableError(f"{name} must be a JSON object of finite numbers, texts, lists and objects") from err
     if result != value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch_utils.download_util import check_file_by_key, is_hub_id, locate
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
 from training.denoisers.replay import COMPILE_MODES
 from training.denoisers.single_file import SUFFIXES
-from training.denoisers.stable_diffusion import StableDiffusion, check_source
+from training.denoisers.stable_diffusion import StableDiffusion, check_source, read_config
 
 __all__ = [
     "BACKBONES",
@@ -23,6 +22,7 @@ __all__ = [
     "check_model",
     "check_model_schedule",
     "create_model",
+    "download_key",
     "find_model",
     "note_resolution",
 ]
@@ -72,7 +72,7 @@ def check_model(
         raise ModelError(f"guidance_rate {guidance_rate} must be a number from 0 on (1 is unguided)")
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
-    key = _download_key(dataset_name, model_path)
+    key = download_key(dataset_name, model_path)
     here = BACKBONES[dataset_name].folder if model_path is None else model_path
     source = locate(key) if key is not None else Path(here)
     if source is not None:
@@ -80,7 +80,7 @@ def check_model(
     return source
 
 
-def _download_key(dataset_name: str, model_path: str | Path | None) -> str | None:
+def download_key(dataset_name: str, model_path: str | Path | None) -> str | None:
     """Key of the weights for `check_file_by_key`; None where they are a file or folder of this machine."""
     if model_path is None:
         return BACKBONES[dataset_name].asset
@@ -108,7 +108,7 @@ def find_model(
     """The folder or file that `create_model` will read, downloaded if need be; arguments and errors are the same."""
     source = check_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
     if source is None:
-        source = check_file_by_key(_download_key(dataset_name, model_path))
+        source = check_file_by_key(download_key(dataset_name, model_path))
         check_source(source)
     return source
 
@@ -122,9 +122,11 @@ def note_resolution(dataset_name: str, source: Path, claimed: int | None) -> str
         return None
     configs = source if source.is_dir() else BACKBONES[dataset_name].configs
     latents, blocks = (
-        json.loads((configs / part / "config.json").read_text(encoding="utf-8"))[key]
-        for part, key in (("unet", "sample_size"), ("vae", "block_out_channels"))
+        read_config(configs, "unet").get("sample_size"),
+        read_config(configs, "vae").get("block_out_channels"),
     )
+    if type(latents) is not int or not isinstance(blocks, list):
+        raise ModelError(f"{configs} does not say the size of its pictures; Stable Diffusion 1.x needed")
     pixels = latents * 2 ** (len(blocks) - 1)  # the VAE halves the picture between its levels
     if claimed == pixels:
         return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torch_utils.checkpoint import CheckpointError, load_tensors
+from torch_utils.checkpoint import WEIGHT_TYPES, CheckpointError, load_tensors
 from training.denoisers.base import DECODER_DTYPES, ModelError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def load_single_file(
             empty = kind.from_config(kind.load_config(configs / name, local_files_only=True))
         try:
             converted = convert(part(name), dict(empty.config))
-        except (LookupError, RuntimeError) as error:
+        except Exception as error:  # whatever a tensor that is missing or of another shape leads to in there
             raise ModelError(f"{path}: its {TITLES[name]} is none of Stable Diffusion 1.x: {error}") from error
         return _fill(empty, converted, DECODER_DTYPES[dtype] if name == "vae" else dtype, path, name)
 
@@ -97,15 +97,21 @@ def load_single_file(
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read as safetensors: {error}") from error
     try:
         content = load_tensors(path, "a checkpoint of tensors")
     except CheckpointError as error:
         raise ModelError(f"{error}; take the model's .safetensors file") from error
     state = content.get("state_dict", content)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not isinstance(state, dict):
+        raise ModelError(f"{path} holds no tensors by name; Stable Diffusion 1.x needed")
+    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def _fill(
@@ -115,7 +121,14 @@ def _fill(
     wanted = network.state_dict()
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     odd = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    for keys, fault in ((missing, "lacks"), (extra, "has the unknown"), (odd, "has another shape of")):
+    untyped = [key for key in wanted if key in state and state[key].dtype not in WEIGHT_TYPES]
+    faults = (
+        (missing, "lacks"),
+        (extra, "has the unknown"),
+        (odd, "has another shape of"),
+        (untyped, "has no numbers in"),
+    )
+    for keys, fault in faults:
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ModelError(f"{path}: its {TITLES[name]} {fault} {keys[0]}{more}; Stable Diffusion 1.x needed")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from torch_utils import distributed
+from torch_utils.untrusted import read_model_config
 from training.denoisers.base import DECODER_DTYPES, PRECISIONS, Denoiser, ModelError, TextCond
 from training.denoisers.replay import Replayed
 from training.denoisers.single_file import SUFFIXES, check_single_file, clip_tokenizer, load_single_file
@@ -27,6 +28,8 @@ WEIGHT_FILES = {
     "text_encoder": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
 }
+MAX_TIMESTEPS = 100_000
+ODD_FILES = ("*.index.json", "adapter_*")  # which the libraries would take for the weights, or add to them
 # Where sampling stops: below it SD's latents change too little to be worth an evaluation, and the published tables
 # and baselines all end there.
 SIGMA_MIN = 0.1
@@ -106,8 +109,7 @@ class StableDiffusion(Denoiser):
         self.unet = BranchedUNet(unet)
         self.vae = vae.to(memory_format=torch.channels_last)
         self.tokenizer = load_tokenizer(folder, self.text_encoder.config.max_position_embeddings)
-        scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
-        self.table = NoiseTable(scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"])
+        self.table = NoiseTable(*read_noise(folder))
         self.table.to(device)
         self.img_channels = self.unet.config.in_channels
         self.img_resolution = self.unet.config.sample_size
@@ -117,7 +119,12 @@ class StableDiffusion(Denoiser):
         self.sigma_max = self.table.sigma(torch.ones(())).item()
         self.calls = self.rows = 0
         self.noted: set[str] = set()  # prompts that were looked at for their length
-        self.empty_text = self._embed([""])
+        try:
+            self.empty_text = self._embed([""])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a configuration can describe what does not run
+            raise ModelError(f"the text encoder of {source} does not run: {_one_line(error)}") from error
 
     def slope(self, x: Tensor, sigma: Tensor, cond: TextCond) -> Tensor:
         self.calls += 1
@@ -202,24 +209,69 @@ class StableDiffusion(Denoiser):
 def load_folder(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     """The three networks of a folder in diffusers' layout, on the CPU, in `dtype` (the VAE: see DECODER_DTYPES)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     common = {"use_safetensors": True, "local_files_only": True}
-    # low_cpu_mem_usage would need the accelerate package.
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, low_cpu_mem_usage=False, **common)
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=DECODER_DTYPES[dtype], low_cpu_mem_usage=False, **common)
-    return unet, vae, CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **common)
+    unet, vae, text = (folder / part for part in ("unet", "vae", "text_encoder"))
+    try:
+        with torch.device("meta"):
+            _check_size(UNet2DConditionModel.from_config(read_config(folder, "unet")), folder, "unet")
+            _check_size(AutoencoderKL.from_config(read_config(folder, "vae")), folder, "vae")
+            config = CLIPTextConfig.from_dict(read_config(folder, "text_encoder"))
+            _check_size(CLIPTextModel(config), folder, "text_encoder")
+        return (
+            # low_cpu_mem_usage would need the accelerate package.
+            UNet2DConditionModel.from_pretrained(unet, dtype=dtype, low_cpu_mem_usage=False, **common),
+            AutoencoderKL.from_pretrained(vae, dtype=DECODER_DTYPES[dtype], low_cpu_mem_usage=False, **common),
+            CLIPTextModel.from_pretrained(text, dtype=dtype, **common),
+        )
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what the libraries raise for a configuration that is none is written down nowhere
+        raise ModelError(f"{folder} cannot be loaded: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _check_size(network: torch.nn.Module, folder: Path, part: str) -> None:
+    """Raise `ModelError` for a configuration that asks for more numbers than its weights have."""
+    from safetensors import safe_open
+
+    with safe_open(folder / part / WEIGHT_FILES[part], framework="pt") as file:
+        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict
+    wanted = sum(parameter.numel() for parameter in network.parameters())
+    if wanted > stored:
+        raise ModelError(f"{folder}/{part}/config.json describes {wanted} numbers, its weights have {stored}")
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """The configuration of a part of a model. Raises `ModelError`, see `read_model_config`."""
+    path = folder / part / "config.json"
+    try:
+        return read_model_config(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be used: {error}") from error
 
 
 def load_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
     """The folder's tokenizer, or CLIP's own of `length` tokens where it has none."""
     from transformers import CLIPTokenizer
 
-    if (folder / "tokenizer").is_dir():
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return clip_tokenizer(length)
+    if not (folder / "tokenizer").is_dir():
+        return clip_tokenizer(length)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"the tokenizer of {folder} cannot be loaded: {_one_line(error)}") from error
+    if not 2 < tokenizer.model_max_length <= length:  # prompts are padded to it
+        raise ModelError(
+            f"the tokenizer of {folder} makes {tokenizer.model_max_length} tokens, its text encoder reads {length}"
+        )
+    return tokenizer
 
 
 def check_source(source: Path) -> None:
@@ -239,13 +291,23 @@ def check_folder(folder: Path) -> None:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"model folder {folder} lacks {', '.join(missing)}")
+    for part in WEIGHT_FILES:
+        read_config(folder, part)
+        if odd := [path.name for pattern in ODD_FILES for path in (folder / part).glob(pattern)]:
+            raise ModelError(f"{folder}/{part} has {odd[0]}; whole weights needed, in {WEIGHT_FILES[part]}")
+    read_noise(folder)
+
+
+def read_noise(folder: Path) -> tuple[float, float, int]:
+    """`NoiseTable`'s arguments from the folder's scheduler; raises `ModelError` for one of another kind of model."""
+    path = folder / "scheduler/scheduler_config.json"
     try:
-        scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
-        schedule, prediction = scheduler["beta_schedule"], scheduler.get("prediction_type", "epsilon")
-        complete = all(name in scheduler for name in ("beta_start", "beta_end", "num_train_timesteps"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/scheduler/scheduler_config.json is not a scheduler configuration") from error
-    if schedule != "scaled_linear" or prediction != "epsilon" or not complete:
-        raise ModelError(
-            f"{folder} has noise schedule {schedule} and predicts {prediction}; Stable Diffusion 1.x needed"
-        )
+        scheduler = read_model_config(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not a scheduler configuration: {error}") from error
+    schedule, prediction = scheduler.get("beta_schedule"), scheduler.get("prediction_type", "epsilon")
+    match [scheduler.get(name) for name in ("beta_start", "beta_end", "num_train_timesteps")]:
+        case [float(first), float(last), int(count)] if 0 < first < last < 1 and 2 <= count <= MAX_TIMESTEPS:
+            if schedule == "scaled_linear" and prediction == "epsilon":
+                return first, last, count
+    raise ModelError(f"{folder} has noise schedule {schedule} and predicts {prediction}; Stable Diffusion 1.x needed")

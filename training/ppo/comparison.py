@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch_utils.errors import UserError
+from torch_utils.untrusted import bounded_lines, parse_json, read_bounded
 from training.ppo.intervals import summarize
 
 # Two score files that differ in one of these were not measured alike.
@@ -21,6 +21,7 @@ ROW_FIELDS = (
 )
 SHOWN = {"solver": "solver", "parallel NFE": "parallel_nfe", "NFE": "nfe", "forwards": "forwards"}  # column -> field
 TABLE_START = "| label"
+MAX_BYTES = 512 << 20  # of a score file; that of a million images has 250 MB
 
 
 class ComparisonError(UserError):
@@ -33,10 +34,12 @@ def load_scores(path: Path) -> dict[str, Any]:
     Raises `ComparisonError` for a file that is missing, is something else, or leaves out images as unreadable.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        scores = {(row["seed"], row["prompt"]): float(row["score"]) for row in record["scores"]}
+        record = parse_json(read_bounded(path, MAX_BYTES))
+        scores = {(row["seed"], row["prompt"]): row["score"] for row in record["scores"]}
         texts = [record[key] for key in ("metric", "images_dir", "version", "weights_sha256", "preprocessing", "dtype")]
         fits = bool(scores) and all(isinstance(text, str) for text in texts) and isinstance(record["libraries"], dict)
+        fits &= all(type(seed) is int and isinstance(prompt, str) for seed, prompt in scores)
+        fits &= all(type(score) in (int, float) and abs(score) < 1e100 for score in scores.values())
         unreadable = list(record["unreadable"])
     except FileNotFoundError as error:
         raise ComparisonError(f"{path} does not exist: score files are written by score_* --output-json") from error
@@ -228,12 +231,12 @@ def check_comparison_outputs(json_path: Path | None, markdown_path: Path | None)
     """Raise `ComparisonError` unless the paths are free or hold an earlier comparison."""
     if json_path is not None and json_path.exists():
         try:
-            earlier = json.loads(json_path.read_text(encoding="utf-8"))["kind"] == "comparison"
+            earlier = parse_json(read_bounded(json_path, MAX_BYTES))["kind"] == "comparison"
         except (OSError, ValueError, KeyError, TypeError):
             earlier = False
         if not earlier:
             raise ComparisonError(f"{json_path} exists and is no comparison: name another file, or delete it")
     if markdown_path is not None and markdown_path.exists():
-        earlier = markdown_path.is_file() and markdown_path.read_bytes().startswith(TABLE_START.encode())
+        earlier = markdown_path.is_file() and next(bounded_lines(markdown_path), b"").startswith(TABLE_START.encode())
         if not earlier:
             raise ComparisonError(f"{markdown_path} exists and is no comparison: name another file, or delete it")

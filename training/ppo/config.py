@@ -6,6 +6,7 @@ Only click and omegaconf are needed here, so that `--help` and `--dry-run` answe
 from __future__ import annotations
 
 import difflib
+import io
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torch_utils.errors import UserError
+from torch_utils.untrusted import read_bounded
+
+MAX_BYTES = 256 << 10  # of a configuration; the longest here has 4 kB
+MAX_DEPTH = 20  # of sections and lists in each other
+REFERENCE = re.compile(r"\$\{\w+\.\w+\}")  # a value that is another key's
+# What PyYAML and OmegaConf raise for values that they cannot make sense of.
+UNUSABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, OverflowError, RecursionError)
 
 
 class ConfigError(UserError):
@@ -280,20 +288,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         try:
             merged = OmegaConf.merge(merged, source)
             OmegaConf.to_container(merged, resolve=True)
-        except OmegaConfBaseException as error:
+        except UNUSABLE as error:
             raise ConfigError(f"{origin}: {_describe(error)}") from error
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+        flatten(config)  # looks at the elements of lists, too
+    except UNUSABLE as error:
+        raise ConfigError(f"{path}: {_describe(error)}") from error
     check_values(config)
     return config
 
 
 def _read_yaml(path: Path) -> DictConfig:
     try:
-        source = OmegaConf.load(path)
+        text = read_bounded(path, MAX_BYTES).decode("utf-8")
+        _check_yaml(text)
+        source = OmegaConf.load(io.StringIO(text))
+    except UNUSABLE as error:
+        raise ConfigError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise ConfigError(f"cannot read configuration {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(source, DictConfig):
         raise ConfigError(f"configuration {path} must hold sections such as `run:` and `ppo:`, not a list")
     return source
@@ -303,9 +317,42 @@ def _parse_override(item: str) -> DictConfig:
     if "=" not in item or not item.partition("=")[0].strip():
         raise ConfigError(f"--override {item}: expected section.key=value, for example ppo.steps=100")
     try:
+        _check_yaml(item.partition("=")[2])
         return OmegaConf.from_dotlist([item])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except UNUSABLE as error:
         raise ConfigError(f"--override {item}: {' '.join(str(error).split())}") from error
+
+
+def _check_yaml(text: str) -> None:
+    """Raise `ValueError` for YAML that means more than it says: aliases, tags, and nesting without end."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"aliases such as *{event.anchor} are not supported; write the value again")
+        if isinstance(event, yaml.NodeEvent) and event.tag is not None:
+            raise ValueError(f"tags such as {event.tag} are not supported")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+
+
+def _check_leaves(origin: str, content: object) -> None:
+    """Raise `ConfigError` for keys and values that no setting can have, before messages and OmegaConf get them."""
+    todo = [content]
+    while todo:
+        match todo.pop():
+            case dict() as section:
+                todo += [*section.keys(), *section.values()]
+            case list() as values:
+                todo += values
+            case str() as text if not text.isprintable():
+                raise ConfigError(f"{origin}: {ascii(text)[:80]} holds characters that cannot be printed")
+            case str() as text if "${" in text and not REFERENCE.fullmatch(text):
+                raise ConfigError(
+                    f"{origin}: {text[:80]} must name another key and nothing else, such as ${{run.seed}}"
+                )
+            case int() as number if abs(number) >= 1 << 63:
+                raise ConfigError(f"{origin}: a number has more than 63 bits")
 
 
 def _types() -> dict[str, str]:
@@ -317,7 +364,9 @@ def _types() -> dict[str, str]:
     }
 
 
-def _describe(error: OmegaConfBaseException) -> str:
+def _describe(error: Exception) -> str:
+    if not isinstance(error, OmegaConfBaseException):
+        return f"a value or reference cannot be used ({type(error).__name__})"
     reason = str(error.msg or error).splitlines()[0]
     expected = _types().get(str(error.full_key))
     return f"{error.full_key} must be of type {expected} ({reason})" if expected else reason
@@ -341,7 +390,9 @@ def flatten(config: Config) -> dict[str, Any]:
 def _check_keys(origin: str, source: DictConfig) -> None:
     types = _types()
     sections = [section.name for section in fields(Config)]
-    for section, content in OmegaConf.to_container(source).items():
+    container = OmegaConf.to_container(source)
+    _check_leaves(origin, container)
+    for section, content in container.items():
         if section not in sections:
             nearest = _nearest(str(section), [*sections, *types])
             raise ConfigError(f"{origin}: unknown section `{section}`; did you mean `{nearest}`?")

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from torch_utils.checkpoint import atomic_write_text
+from torch_utils.untrusted import no_link, parse_json
 from training.images import image_grid, save_png
 from training.ppo.config import LoggingConfig
 from training.ppo.run_dir import RunDirectory
@@ -22,7 +23,7 @@ from training.ppo.run_dir import RunDirectory
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append `record` as one line of strict JSON. Raises `ValueError` for NaN and infinity."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", opener=no_link) as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
@@ -33,7 +34,7 @@ def drop_lines_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
+            if parse_json(line)["step"] <= step and line.endswith("\n"):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from torch_utils.checkpoint import CheckpointError, load_tensors
+from torch_utils.checkpoint import WEIGHT_TYPES, CheckpointError, load_tensors
 from torch_utils.errors import UserError
 
 # Images per forward; what a caller chooses changes speed and memory, never a score.
@@ -113,7 +113,7 @@ def read_weights(path: Path, what: str) -> dict[str, Tensor]:
 
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
     content = load_tensors(path, what)
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
@@ -167,6 +167,8 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: Path, spare: S
             f"{path} holds the weights of another model (it {looks_like(state)}); tensors: {', '.join(problems)}"
         )
     for key, value in state.items():
+        if value.dtype not in WEIGHT_TYPES:
+            raise CheckpointError(f"{path} cannot be used: {key} is of type {value.dtype}")
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{path} is damaged: {key} holds NaN or infinite values")
     model.load_state_dict(state)

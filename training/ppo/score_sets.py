@@ -12,9 +12,11 @@ import torch
 
 from torch_utils.checkpoint import atomic_write_text
 from torch_utils.errors import UserError
+from torch_utils.untrusted import parse_json, read_bounded
 from training.ppo.comparison import RECORD_FIELDS, ComparisonError, folder_labels
 from training.ppo.reward_base import Reward
 from training.ppo.scoring import (
+    MAX_RECORD_BYTES,
     ImageSet,
     check_output,
     collect_images,
@@ -104,7 +106,7 @@ def check_readable(records: Sequence[dict[str, Any]], allow_missing: bool) -> No
 
 def _earlier_record(path: Path, found: ImageSet, reward: Reward) -> dict[str, Any] | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(read_bounded(path, MAX_RECORD_BYTES))
         scored = [(row["file"], row["seed"], row["prompt"]) for row in record["scores"]]
         measured = {key: record[key] for key in ("metric", "images_dir", *RECORD_FIELDS)}
         if record["unreadable"]:

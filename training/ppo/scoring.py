@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
@@ -24,6 +24,7 @@ import torch
 from torch_utils import distributed
 from torch_utils.checkpoint import atomic_write_text
 from torch_utils.errors import UserError
+from torch_utils.untrusted import bounded_lines, parse_json, read_bounded
 from training.images import ImageError, load_image
 from training.manifest import GRID, MANIFEST
 from training.ppo.intervals import summarize
@@ -38,6 +39,7 @@ SAMPLING_FIELDS = (
 )
 # Threads that decode images; Pillow leaves the interpreter to others meanwhile.
 DECODERS = 8
+MAX_RECORD_BYTES = 512 << 20  # of a score file; that of a million images has 250 MB
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "pillow")
 
 
@@ -109,12 +111,11 @@ def _natural_order(name: str) -> tuple[list[int | str], str]:
 def _read_manifest(path: Path) -> list[dict[str, Any]]:
     rows = []
     # Bytes, because text would also be split at the rarer line ends that a prompt may contain.
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(bounded_lines(path), start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row["file"], str) or not isinstance(row["prompt"], str) or type(row["seed"]) is not int:
                 raise TypeError
-            row["prompt"].encode()  # half a character, as JSON can write it, is no text
         except (ValueError, KeyError, TypeError) as error:
             text = line[:80].decode(errors="replace")
             raise ScoringError(f"{path} line {number} lacks file, seed or prompt: {text}") from error
@@ -129,7 +130,7 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
 def _join_manifest(
     folder: Path, files: dict[str, Path], rows: list[dict[str, Any]], prompts: list[str] | None, allow_missing: bool
 ) -> ImageSet:
-    lost = [row for row in rows if not (folder / row["file"]).is_file()]
+    lost = [row for row in rows if row["file"] not in files and not _is_inside(folder, row["file"])]
     if lost:
         seeds = listing([row["seed"] for row in lost])
         message = f"{len(lost)} of the {len(rows)} images in {folder / MANIFEST} are missing: seeds {seeds}"
@@ -157,6 +158,17 @@ def _join_manifest(
         sampling[field] = values[0]
     entries = [ImageEntry(files[row["file"]], row["file"], row["seed"], row["prompt"]) for row in rows]
     return ImageSet(folder, entries, sampling)
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether `name` is a file below `folder`; a name that leads elsewhere is none, and is not looked for."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return False
+    try:
+        return (folder / path).is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def listing(values: Sequence[object]) -> str:
@@ -237,7 +249,7 @@ def check_output(path: Path, metric: str | None, images: Path) -> None:
     if not path.exists():
         return
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = parse_json(read_bounded(path, MAX_RECORD_BYTES))
         replaceable = metric in (None, old["metric"]) and old["images_dir"] == images.as_posix()
     except (OSError, ValueError, KeyError, TypeError):
         replaceable = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_utils.checkpoint import sha256_file
+from torch_utils.checkpoint import CheckpointError, sha256_file
 from torch_utils.errors import UserError
+from torch_utils.untrusted import read_model_config
 from training.ppo.reward_base import DEFAULT_BATCH_SIZE, check_inputs, cosine_scores, load_strict, read_weights
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[3] / "src" / "embedded"
@@ -59,18 +59,28 @@ class RewardEmoji:
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.weights_sha256 = sha256_file(folder / "model.safetensors")
-        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
-        self.model = CLIPModel(config).float().eval().requires_grad_(False)
         weights = folder / "model.safetensors"
-        load_strict(self.model, read_weights(weights, "CLIP weights"), weights)
+        state = read_weights(weights, "CLIP weights")
+        try:
+            read_model_config(folder / "config.json")
+            config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+            with torch.device("meta"):
+                wanted = sum(parameter.numel() for parameter in CLIPModel(config).parameters())
+            if wanted > 2 * sum(value.numel() for value in state.values()):  # fewer are told one by one, below
+                raise ValueError("config.json describes far more numbers than model.safetensors has")
+            self.model = CLIPModel(config).float().eval().requires_grad_(False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            pixels = read_model_config(folder / "preprocessor_config.json")
+            self.mean = torch.tensor(pixels["image_mean"], device=self.device).view(3, 1, 1)
+            self.std = torch.tensor(pixels["image_std"], device=self.device).view(3, 1, 1)
+        except Exception as error:  # what the libraries raise for a configuration that is none is written down nowhere
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise CheckpointError(f"{folder} cannot be loaded as a CLIP model: {reason}") from error
+        load_strict(self.model, state, weights)
         self.model.to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.context_length = config.text_config.max_position_embeddings
         self.image_size = config.vision_config.image_size
         self.preprocessing = f"bicubic-antialias-clamp-{self.image_size}"
-        pixels = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        self.mean = torch.tensor(pixels["image_mean"], device=self.device).view(3, 1, 1)
-        self.std = torch.tensor(pixels["image_std"], device=self.device).view(3, 1, 1)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Reward.score`; images of another size, square or not, are resized to the model's square."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torch_utils.checkpoint import CheckpointError, sha256_file
 from torch_utils.download_util import ASSETS, stamped_sha256
+from torch_utils.untrusted import read_bounded
 from training.ppo.reward_base import (
     DEFAULT_BATCH_SIZE,
     check_inputs,
@@ -31,6 +32,7 @@ METRIC = "imagereward_v1.0"
 ASSET = "imagereward"
 VOCABULARY_ASSET = "bert_vocabulary"
 VOCABULARY = ASSETS[VOCABULARY_ASSET].files[0]
+MAX_VOCABULARY_BYTES = 4 << 20  # BERT's has 0.2 MB
 
 # Of the head's outputs on the authors' data, which makes scores roughly standard normal.
 OUTPUT_MEAN = 0.16717362830052426
@@ -94,9 +96,11 @@ class BertTokenizer:
         from tokenizers import BertWordPieceTokenizer
 
         try:
-            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            lines = read_bounded(path, MAX_VOCABULARY_BYTES).decode("utf-8").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path} is not BERT's vocabulary: it is no UTF-8 text") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read as BERT's vocabulary: {error.strerror}") from error
         ids = {token: number for number, token in enumerate(lines)}
         missing = [token for token in SPECIAL_TOKENS if token not in ids]
         if missing:
