@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from dnnlib import DownloadError, EasyDict, cache_dir, open_url
 from dnnlib.util import download, within
@@ -295,6 +296,19 @@ def test_a_folder_gets_the_files_that_it_lacks(known, tmp_path):
     assert check_file_by_key("folder") == tmp_path / "cache" / "folder"
     assert known.requests == ["/file.bin"]
     assert locate("folder") == tmp_path / "cache" / "folder"
+
+
+def test_the_command_fetches_several_and_says_where_they_are(known, tmp_path):
+    done = CliRunner().invoke(download_util.main, ["one", "unhashed"])
+    cache = tmp_path / "cache"
+    assert (done.exit_code, done.stdout) == (0, f"{cache / 'one' / 'file.bin'}\n{cache / 'plain' / 'file.bin'}\n")
+    assert (cache / "plain" / "file.bin").read_bytes() == CONTENT
+
+
+def test_the_command_fetches_nothing_where_one_key_is_unknown(known):
+    done = CliRunner().invoke(download_util.main, ["one", "two"])
+    assert done.exit_code == 2 and "unknown file key 'two'; known keys: " in done.stderr
+    assert known.requests == []
 
 
 def test_a_copy_in_the_project_comes_first(known, tmp_path):

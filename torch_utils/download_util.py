@@ -1,4 +1,7 @@
-"""The files that the project needs and does not ship: where they are looked for, where they come from, their hashes."""
+"""The files that the project needs and does not ship: where they are looked for, where they come from, their hashes.
+
+python -m torch_utils.download_util ms_coco prompts     fetches them, and prints where they are
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,12 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import click
+
 from dnnlib.util import ANSWER_SECONDS, TIMEOUT, DownloadError, cache_dir, download, within
 from torch_utils.checkpoint import atomic_write_text, sha256_file
+from torch_utils.errors import user_errors
+from torch_utils.options import cache_dir_option
 
 PROJECT = Path(__file__).resolve().parents[1]
 # owner/name of a model on the Hugging Face hub, with @ and a branch, tag or commit, or without.
@@ -259,7 +266,7 @@ def check_file_by_key(key: str) -> Path:
     five seconds when the file is not here and cannot be fetched: it then names the file, its source, its hash, and the
     folder to put it into by hand. HF_HUB_OFFLINE=1 forbids every download. Under `torchrun` let one rank ask first.
     """
-    asset = _asset(key)
+    asset = find_asset(key)
     found = locate(key)
     if found is not None:
         return found
@@ -282,17 +289,20 @@ def locate(key: str) -> Path | None:
     Looks into the project, into the cache, and, for hub files at the pinned commit, into the hub's own cache.
     Raises `DownloadError` for an unknown key and for a copy with another size or hash.
     """
-    asset = _asset(key)
-    for folder in asset.folders():
-        if _is_complete(asset, folder):
-            return _verified(asset, folder)
-    snapshot = _hub_snapshot(asset)
-    return _verified(asset, snapshot) if snapshot is not None and _is_complete(asset, snapshot) else None
+    asset = find_asset(key)
+    folder = stored_folder(asset)
+    return None if folder is None else _verified(asset, folder)
+
+
+def stored_folder(asset: Asset) -> Path | None:
+    """The first folder with every file of `asset`; their contents are not looked at, and nothing is fetched."""
+    places = [*asset.folders(), *_hub_snapshots(asset)]
+    return next((place for place in places if all((place / file.name).is_file() for file in asset.files)), None)
 
 
 def by_hand(key: str) -> str:
     """One line: which files are needed for `key`, from where, with which hashes, into which folder."""
-    asset = _asset(key)
+    asset = find_asset(key)
     names = ", ".join(
         file.name + (f" (SHA-256 {file.sha256})" if file.sha256 else " (no hash published)" if not asset.repo else "")
         for file in asset.files
@@ -311,21 +321,41 @@ def stamped_sha256(path: str | os.PathLike[str]) -> str:
     Raises `OSError` when there is no such file. The note is kept under `verified/` in `cache_dir()`; where that cannot
     be written, the file is hashed each time.
     """
-    path = Path(path).resolve()
-    status = path.stat()
-    stamp = json.dumps([str(path), status.st_size, status.st_mtime_ns])
-    note = cache_dir() / "verified" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
-    with contextlib.suppress(OSError, UnicodeDecodeError):  # No note, or a damaged one.
-        digest, _, described = note.read_text(encoding="utf-8").partition(" ")
-        if described == stamp:
-            return digest
-    digest = sha256_file(path)
-    with contextlib.suppress(OSError):  # A read-only cache costs time, not correctness.
-        atomic_write_text(note, f"{digest} {stamp}")
+    digest = remembered_sha256(path)
+    if digest is None:
+        digest = sha256_file(path)
+        note, stamp = _note(path)
+        with contextlib.suppress(OSError):  # a read-only cache costs time, not correctness
+            atomic_write_text(note, f"{digest} {stamp}")
     return digest
 
 
-def _asset(key: str) -> Asset:
+def remembered_sha256(path: str | os.PathLike[str]) -> str | None:
+    """What `stamped_sha256` noted of the file as it is now, or None; nothing is computed or written.
+
+    Raises `OSError` when there is no such file.
+    """
+    note, stamp = _note(path)
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # no note, or a damaged one
+        digest, _, described = note.read_text(encoding="utf-8").partition(" ")
+        if described == stamp:
+            return digest
+    return None
+
+
+def _note(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    """Where the hash of a file is noted, and what the note says of the file's present state."""
+    path = Path(path).resolve()
+    status = path.stat()
+    note = cache_dir() / "verified" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
+    return note, json.dumps([str(path), status.st_size, status.st_mtime_ns])
+
+
+def find_asset(key: str) -> Asset:
+    """The entry of ASSETS under `key`, or one made up for another model of the hub: its files without sizes and hashes.
+
+    Raises `DownloadError` for an unknown key.
+    """
     if key in ASSETS:
         return ASSETS[key]
     named = HUB_ID.fullmatch(key)
@@ -348,10 +378,6 @@ def _asset(key: str) -> Asset:
     )
 
 
-def _is_complete(asset: Asset, folder: Path) -> bool:
-    return all((folder / file.name).is_file() for file in asset.files)
-
-
 def _verified(asset: Asset, folder: Path) -> Path:
     for file in asset.files:
         _verify(folder / file.name, file)
@@ -368,15 +394,15 @@ def _verify(path: Path, file: KnownFile) -> None:
         raise DownloadError(f"{path} is empty: delete it and fetch it again")
 
 
-def _hub_snapshot(asset: Asset) -> Path | None:
+def _hub_snapshots(asset: Asset) -> list[Path]:
     """The folder of the pinned commit in the hub's own cache, if any of it is there."""
     if asset.repo is None:
-        return None
+        return []
     from huggingface_hub import try_to_load_from_cache
 
     first = try_to_load_from_cache(asset.repo, asset.files[0].name, revision=asset.revision)
     # A third answer besides path and None says that the hub is known not to have the file.
-    return Path(first).parents[asset.files[0].name.count("/")] if isinstance(first, str) else None
+    return [Path(first).parents[asset.files[0].name.count("/")]] if isinstance(first, str) else []
 
 
 def _fetch(asset: Asset, file: KnownFile, folder: Path) -> None:
@@ -394,3 +420,26 @@ def _fetch(asset: Asset, file: KnownFile, folder: Path) -> None:
         # The HTTP library beneath huggingface_hub, and with it the exceptions, changes from version to version.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DownloadError(f"cannot fetch {file.name}: {reason}") from error
+
+
+@click.command(context_settings={"max_content_width": 120})
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@cache_dir_option
+@user_errors
+def main(keys: tuple[str, ...]) -> None:
+    """Fetch what stands under each KEY, unless it is here, compare sizes and hashes, and print the paths.
+
+    \b
+    ms_coco        Stable Diffusion v1.5, a folder (4.3 GB)
+    prompts        the MS-COCO captions that training uses
+    owner/name     a Stable Diffusion 1.x of the Hugging Face hub
+    Any other      an unknown key lists all
+    """
+    for key in keys:
+        find_asset(key)
+    for key in keys:
+        click.echo(check_file_by_key(key))
+
+
+if __name__ == "__main__":
+    main()

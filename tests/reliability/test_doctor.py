@@ -16,7 +16,15 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from torch_utils import download_util
-from torch_utils.download_util import ASSETS, KnownFile, locate, stamped_sha256
+from torch_utils.download_util import (
+    ASSETS,
+    KnownFile,
+    find_asset,
+    locate,
+    remembered_sha256,
+    stamped_sha256,
+    stored_folder,
+)
 from training.denoisers import EMBEDDED
 from training.ppo import doctor
 from training.ppo.reward_models.imagereward import VOCABULARY_ASSET
@@ -218,10 +226,10 @@ def test_weights_of_another_content_are_found_by_their_hash(here, monkeypatch):
 def test_what_is_remembered_is_what_was_stamped(here):
     path = here / "file"
     path.write_bytes(b"hello")
-    assert doctor.remembered_sha256(path) is None and not (here / "cache").exists()
-    assert stamped_sha256(path) == doctor.remembered_sha256(path) == HELLO
+    assert remembered_sha256(path) is None and not (here / "cache").exists()
+    assert stamped_sha256(path) == remembered_sha256(path) == HELLO
     os.utime(path, ns=(10**18, 10**18))
-    assert doctor.remembered_sha256(path) is None
+    assert remembered_sha256(path) is None
 
 
 def test_files_are_found_where_locate_finds_them(here, monkeypatch):
@@ -233,13 +241,13 @@ def test_files_are_found_where_locate_finds_them(here, monkeypatch):
         if folder is not None:
             (folder / "sub").mkdir(parents=True)
             (folder / "sub" / "file").write_bytes(b"hello")
-        assert doctor.stored_folder(asset) == folder
+        assert stored_folder(asset) == folder
         assert locate(asset.key) == (folder / "sub" / "file" if folder else None)
     monkeypatch.delenv("HPS_ROOT")
     for folder in asset.folders()[::-1]:
         (folder / "sub").mkdir(parents=True)
         (folder / "sub" / "file").write_bytes(b"hello")
-        assert doctor.stored_folder(asset) == folder and locate(asset.key) == folder / "sub" / "file"
+        assert stored_folder(asset) == folder and locate(asset.key) == folder / "sub" / "file"
 
 
 def test_weights_of_your_own(here):
@@ -258,8 +266,8 @@ def test_weights_of_your_own(here):
 
 
 def test_rewards_that_read_two_files(here):
-    assert {name for name, known in PUBLISHED.items() if known.find_other} == set(doctor.OTHER_ASSETS)
-    assert doctor.OTHER_ASSETS["imagereward"] == VOCABULARY_ASSET and doctor.OTHER_ASSETS["aesthetic"] in ASSETS
+    assert all((known.find_other is None) == (known.other_key is None) for known in PUBLISHED.values())
+    assert PUBLISHED["imagereward"].other_key == VOCABULARY_ASSET and PUBLISHED["aesthetic"].other_key in ASSETS
     metrics = "evaluation.metrics=[aesthetic, imagereward, mps]"
     report = diagnose(here, *override(metrics), exit_code=1)
     for metric, names in (
@@ -298,8 +306,8 @@ def test_a_model_folder_that_is_damaged_or_incomplete(here):
 
 def test_a_model_of_the_hub_that_is_not_here(here):
     pinned = ASSETS["ms_coco"]
-    assert doctor.known_asset(f"{pinned.repo}@{pinned.revision}") == doctor.known_asset("ms_coco") == pinned
-    assert doctor.known_asset(f"{pinned.repo}@main") is doctor.known_asset("me/other") is None
+    assert find_asset(f"{pinned.repo}@{pinned.revision}") == find_asset("ms_coco") == pinned
+    assert find_asset(f"{pinned.repo}@main").key not in ASSETS
     report = diagnose(here, *override("model.model_path=me/other@v1"), exit_code=1)
     assert report.said("model").startswith("missing me/other@v1 of the Hugging Face hub")
     assert str(here / "cache" / "hub" / "me--other@v1") in report.said("model")

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import io
-import json
 import math
 import os
 import platform
@@ -48,8 +46,6 @@ FEW_BYTES = 2**30  # free space below which a note says so; a run writes tables,
 
 ENVIRONMENT_WAYS = ("bash train.sh makes .venv with the versions of requirements.txt; start with .venv/bin/python",)
 FROM_REPOSITORY = "git checkout -- src brings back what comes with the repository"
-# A second asset that a reward reads beside that of its own weights; `PUBLISHED` finds it, but fetches it.
-OTHER_ASSETS = {"aesthetic": "clip_l14", "imagereward": "bert_vocabulary"}
 BY_HAND_ONLY = ("mps",)  # shared on a drive, which no command can fetch from
 
 
@@ -189,7 +185,7 @@ class Checkup:
         return (f"{self.distill_command()} {output}", f"{cold} begins from the cold start")
 
     def check_prompts(self) -> Iterator[Finding]:
-        from torch_utils.download_util import ASSETS
+        from torch_utils.download_util import ASSETS, stored_folder
         from training.ppo.inputs import split_prompts
         from training.prompts import load_prompts
 
@@ -199,7 +195,7 @@ class Checkup:
             folder = stored_folder(asset)
             if folder is None:
                 own = "--override data.prompt_csv=FILE takes prompts of your own"
-                yield self.missing("prompts", asset.key, asset, (fetch_command(asset.key), own))
+                yield self.missing("prompts", asset, (fetch_command(asset.key), own))
                 if config.evaluation.interval and config.evaluation.prompt_file is not None:
                     load_prompts(config.evaluation.prompt_file)
                 return
@@ -246,33 +242,27 @@ class Checkup:
             yield from examine(f"{role} {name}", check, ways)
 
     def check_backbone(self) -> Iterator[Finding]:
-        """`check_model` is given a path, with which it hashes nothing; nor does `locate` where no hash is known."""
-        from torch_utils.download_util import is_hub_id, locate
-        from training.denoisers import BACKBONES, check_model, note_resolution
-        from training.denoisers.single_file import SUFFIXES
+        """`check_model` is given a path, with which it hashes nothing."""
+        from torch_utils.download_util import ASSETS, find_asset, stored_folder
+        from training.denoisers import BACKBONES, check_model, download_key, note_resolution
         from training.denoisers.stable_diffusion import WEIGHT_FILES
 
         model = self.config.model
-        path = model.model_path
         if model.dataset_name not in BACKBONES:
             yield Finding(NOTE, "model", f"not checked: there is none called {model.dataset_name}")
             return
-        backbone = BACKBONES[model.dataset_name]
-        if path is None:
-            key, source = backbone.asset, backbone.folder
-        elif is_hub_id(path) and Path(path).suffix not in SUFFIXES and not Path(path).exists():
-            key, source = path, None
+        key = download_key(model.dataset_name, model.model_path)
+        asset = None if key is None else find_asset(key)
+        if asset is not None:
+            source = stored_folder(asset)
         else:
-            key, source = None, Path(path)
-        asset = None if key is None else known_asset(key)
-        if key is not None:
-            source = locate(key) if asset is None else stored_folder(asset)
+            source = Path(model.model_path or BACKBONES[model.dataset_name].folder)
         if source is None:
             own = "--override model.model_path=PATH names a folder, or one .safetensors or .ckpt file"
-            yield self.missing("model", key, asset, (fetch_command(key), own))
+            yield self.missing("model", asset, (fetch_command(key), own))
             return
         source = check_model(model.dataset_name, model.guidance_type, model.guidance_rate, source, model.precision)
-        if asset is not None:
+        if asset is not None and asset.key in ASSETS:
             yield from self.verify_asset("model", asset, source, fetch_command(asset.key))
         else:
             parts = [source / part / name for part, name in WEIGHT_FILES.items()] if source.is_dir() else [source]
@@ -282,7 +272,7 @@ class Checkup:
 
     def check_reward(self, role: str, name: str, path: str | None) -> Iterator[Finding]:
         """Of one reward: its weights at `path` or in the usual place, and the other file that some need."""
-        from torch_utils.download_util import ASSETS
+        from torch_utils.download_util import ASSETS, stored_folder
         from training.ppo.reward_models.custom import find_function
         from training.ppo.reward_models.emoji import REWARD_FOLDERS, find_emoji_weights
         from training.ppo.reward_models.imagereward import VOCABULARY_ASSET
@@ -304,8 +294,8 @@ class Checkup:
             own = find_weights(assets[0].key, path)
             beside = own.parent
             yield from self.verify_own(what, own, [own], assets.pop(0).files[0])
-        if name in OTHER_ASSETS:
-            assets.append(ASSETS[OTHER_ASSETS[name]])
+        if (other := PUBLISHED[name].other_key) is not None:
+            assets.append(ASSETS[other])
         for asset in assets:
             file = asset.files[0].name
             if asset.key == VOCABULARY_ASSET and beside is not None and (beside / file).is_file():
@@ -313,21 +303,18 @@ class Checkup:
                 continue
             folder = stored_folder(asset)
             if folder is None:
-                yield self.missing(what, asset.key, asset, () if asset.key in BY_HAND_ONLY else (command,))
+                yield self.missing(what, asset, () if asset.key in BY_HAND_ONLY else (command,))
             else:
                 yield from self.verify_asset(what, asset, folder, command)
             beside = folder
 
-    def missing(self, what: str, key: str, asset: Asset | None, ways: tuple[str, ...]) -> Finding:
-        """What would have to be fetched for `key`, and how to get it by hand; its size counts for the free space.
+    def missing(self, what: str, asset: Asset, ways: tuple[str, ...]) -> Finding:
+        """What would have to be fetched, and how to get it by hand; its size counts for the free space."""
+        from torch_utils.download_util import ASSETS, by_hand
 
-        `asset` is None for a model of the hub of which neither sizes nor hashes are known.
-        """
-        from torch_utils.download_util import by_hand
-
-        ways = (*ways, f"by hand: {by_hand(key)}")
-        if asset is None:
-            return Finding(MISSING, what, f"{key} of the Hugging Face hub, of unknown size", ways)
+        ways = (*ways, f"by hand: {by_hand(asset.key)}")
+        if asset.key not in ASSETS:
+            return Finding(MISSING, what, f"{asset.key} of the Hugging Face hub, of unknown size", ways)
         target = asset.folders()[-1]
         lacking = [file for file in asset.files if not (target / file.name).is_file()]
         size = sum(file.size or 0 for file in lacking)
@@ -376,6 +363,7 @@ class Checkup:
 
     def digest(self, path: Path) -> str | None:
         from torch_utils.checkpoint import sha256_file
+        from torch_utils.download_util import remembered_sha256
 
         return sha256_file(path) if self.hashes else remembered_sha256(path)
 
@@ -532,26 +520,6 @@ def check_gpu(index: int) -> Iterator[Finding]:
         yield Finding(OK, f"GPU {index}", memory)
 
 
-def known_asset(key: str) -> Asset | None:
-    """The entry of ASSETS that `check_file_by_key` takes for `key`; None for any other model of the hub."""
-    from torch_utils.download_util import ASSETS
-
-    pinned = ASSETS["ms_coco"]
-    return pinned if key in (pinned.repo, f"{pinned.repo}@{pinned.revision}") else ASSETS.get(key)
-
-
-def stored_folder(asset: Asset) -> Path | None:
-    """The first folder with every file of `asset`, where `locate` looks for it. Reads and fetches nothing."""
-    from huggingface_hub import try_to_load_from_cache
-
-    places = asset.folders()
-    if asset.repo is not None:
-        first = asset.files[0].name
-        cached = try_to_load_from_cache(asset.repo, first, revision=asset.revision)
-        places += [Path(cached).parents[first.count("/")]] if isinstance(cached, str) else []
-    return next((place for place in places if all((place / file.name).is_file() for file in asset.files)), None)
-
-
 def means_usual_place(asset: Asset, path: Path) -> bool:
     """Whether `find_weights` would look for, and fetch, the published file though a path was given."""
     from training.ppo.reward_weights import ANY_MODEL
@@ -559,20 +527,6 @@ def means_usual_place(asset: Asset, path: Path) -> bool:
     name = asset.files[0].name
     path = path / name if path.is_dir() else path
     return path.name == name != ANY_MODEL and not path.is_file()
-
-
-def remembered_sha256(path: Path) -> str | None:
-    """What `stamped_sha256` noted of the file as it is now, or None; nothing is computed or written."""
-    from dnnlib.util import cache_dir
-
-    path = path.resolve()
-    status = path.stat()
-    note = cache_dir() / "verified" / hashlib.sha256(str(path).encode()).hexdigest()[:32]
-    with contextlib.suppress(OSError, UnicodeDecodeError):  # no note, or a damaged one
-        digest, _, described = note.read_text(encoding="utf-8").partition(" ")
-        if described == json.dumps([str(path), status.st_size, status.st_mtime_ns]):
-            return digest
-    return None
 
 
 def content_fault(path: Path, known: KnownFile, digest: str | None) -> str | None:
@@ -602,8 +556,7 @@ def cache_prefix() -> str:
 
 
 def fetch_command(key: str) -> str:
-    program = f"from torch_utils.download_util import check_file_by_key as fetch; fetch({key!r})"
-    return f'{cache_prefix()}python -c "{program}"'
+    return f"{cache_prefix()}python -m torch_utils.download_util {shlex.quote(key)}"
 
 
 def nearest_existing(path: Path) -> Path:

@@ -17,7 +17,7 @@ from training.ppo.reward_models.aesthetic import RewardAesthetic
 from training.ppo.reward_models.clip import RewardCLIP
 from training.ppo.reward_models.custom import RewardCustom, find_function
 from training.ppo.reward_models.emoji import REWARD_FOLDERS, RewardEmoji, find_emoji_weights
-from training.ppo.reward_models.imagereward import RewardImageReward, find_vocabulary
+from training.ppo.reward_models.imagereward import VOCABULARY_ASSET, RewardImageReward, find_vocabulary
 from training.ppo.reward_models.mps import RewardMPS
 from training.ppo.reward_models.pick import RewardPick
 from training.ppo.reward_weights import find_weights
@@ -25,19 +25,22 @@ from training.ppo.reward_weights import find_weights
 
 @dataclass(frozen=True)
 class Published:
-    """A published metric: who computes it, the key of its weights, and what finds the other file that it needs."""
+    """A published metric: who computes it, and the key of its weights; of the other file that some need, too."""
 
     reward: type[Reward]
     key: str
+    other_key: str | None = None
     find_other: Callable[[Path], Path] | None = None  # given where the weights are
 
 
 PUBLISHED: dict[str, Published] = {
     "hps": Published(RewardHPS, "hps_v2.1"),
     "clip": Published(RewardCLIP, "clip_l14"),
-    "aesthetic": Published(RewardAesthetic, "aesthetic", lambda _: find_weights("clip_l14")),
+    "aesthetic": Published(RewardAesthetic, "aesthetic", "clip_l14", lambda _: find_weights("clip_l14")),
     "pick": Published(RewardPick, "pickscore_v1"),
-    "imagereward": Published(RewardImageReward, "imagereward", lambda path: find_vocabulary(None, path)),
+    "imagereward": Published(
+        RewardImageReward, "imagereward", VOCABULARY_ASSET, lambda path: find_vocabulary(None, path)
+    ),
     "mps": Published(RewardMPS, "mps"),
 }
 REWARD_TYPES = (*PUBLISHED, *REWARD_FOLDERS)
