@@ -118,6 +118,7 @@ def test_a_prompt_that_is_cut_is_said_once(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("guidance", "limit", "levels"), [(1.0, 2e-3, 0.05), (7.5, 0.04, 1.0)])
 def test_half_precision_over_a_whole_trajectory(guidance, limit, levels):
     """EPD with 10 intervals: the latents' relative error and the pixels' mean error in 8-bit levels.

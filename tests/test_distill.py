@@ -435,6 +435,7 @@ def test_command_writes_a_table_that_samples(config_file, tmp_path, monkeypatch)
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_processes_are_refused(config_file, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "training.distill", "--config", config_file, "--device", "cpu"]

@@ -92,6 +92,7 @@ def ask(hub, tmp_path, offline: bool) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_named_model_is_fetched_once_and_is_the_model(hub, tmp_path):
     refused = ask(hub, tmp_path, offline=True)
     assert refused.returncode == 2 and hub.fetched == []

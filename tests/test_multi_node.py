@@ -28,6 +28,7 @@ from training.ppo.export_epd_predictor import export_predictor
 from training.ppo.run_dir import RunDirectory
 from training.table import load_table, save_table
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "training/ppo/cfgs/embedded.yaml"
 STEPS = 4

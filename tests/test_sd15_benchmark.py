@@ -76,6 +76,7 @@ def test_a_models_folder_that_cannot_be_made(tmp_path):
     assert (tmp_path / "models").read_text() == "a file"
 
 
+@pytest.mark.slow
 def test_two_ranks_stand_beside_one_and_do_the_same(tmp_path):
     """Gloo on the CPU: the last loss and reward of four steps are the same numbers; the ratios are of the times."""
     arguments = ["--tiny", "--device", "cpu", "--precision", "float32", "--repeats", "1", "--parts", "ranks"]

@@ -472,6 +472,7 @@ def start_command(root, *arguments, ranks=1):
     )
 
 
+@pytest.mark.slow
 def test_command_stops_on_sigterm_and_goes_on(tmp_path):
     running = start_command(tmp_path, "--override", "ppo.steps=1000")
     while "step 2/1000" not in (line := running.stderr.readline()):

@@ -55,6 +55,7 @@ def test_null_is_no_for_a_switch():
         torch.testing.assert_close(BranchedUNet(unet)(x, timestep, text), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_equals_diffusers():
     """What the compiler is given, whole, without its kernels: those are for a GPU."""
     unet = v1_unet()

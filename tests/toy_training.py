@@ -57,9 +57,9 @@ class ToyDenoiser:
     img_channels, img_resolution = 3, 4
     is_flow = False
     guidance_rate = 1.0
-    device = torch.device("cpu")
 
-    def __init__(self):
+    def __init__(self, device: str = "cpu"):
+        self.device = torch.device(device)
         self.calls = self.rows = 0
 
     def slope(self, x: Tensor, sigma: Tensor, cond: ToyCond) -> Tensor:
@@ -69,7 +69,7 @@ class ToyDenoiser:
         return sigma * (x - cond.means[:, :, None, None]) / (STD**2 + sigma**2)
 
     def encode_prompts(self, prompts: list[str]) -> ToyCond:
-        return ToyCond(torch.tensor([colour(prompt) for prompt in prompts], dtype=torch.float32))
+        return ToyCond(torch.tensor([colour(prompt) for prompt in prompts], dtype=torch.float32, device=self.device))
 
     def initial_state(self, noise: Tensor, sigma0: float) -> Tensor:
         return noise * sigma0
@@ -91,8 +91,8 @@ class ToyReward:
         self.power = power
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        wanted = torch.tensor([colour(prompt) for prompt in prompts], dtype=torch.float64)[:, :, None, None]
-        distance = (images.double() * 2 - 1 - wanted).abs()
+        wanted = torch.tensor([colour(prompt) for prompt in prompts], dtype=torch.float64, device=images.device)
+        distance = (images.double() * 2 - 1 - wanted[:, :, None, None]).abs()
         return -distance.pow(self.power).flatten(1).mean(1).float()
 
     def count_truncated(self, prompts: list[str]) -> int:
@@ -112,16 +112,16 @@ def toy_inputs(config: Config) -> Inputs:
     return Inputs(start_table(config), *split_prompts(config))
 
 
-def toy_models() -> Models:
-    return Models(ToyDenoiser(), RewardMix.of(ToyReward()), [ToyReward("toy_spread", power=2)])
+def toy_models(device: str = "cpu") -> Models:
+    return Models(ToyDenoiser(device), RewardMix.of(ToyReward()), [ToyReward("toy_spread", power=2)])
 
 
-def run_toy(path: Path, resume: str, overrides: list[str], models: Models | None = None) -> int:
-    """Train in this process; returns the number of the signal that ended it, or 0."""
+def run_toy(path: Path, resume: str, overrides: list[str], models: Models | None = None, device: str = "cpu") -> int:
+    """Train in this process, on "cpu" or "cuda"; returns the number of the signal that ended it, or 0."""
     config = load_config(path, overrides)
-    distributed.init("cpu", config.run.timeout_minutes)
+    distributed.init(device, config.run.timeout_minutes)
     try:
-        return train(config, toy_inputs(config), models or toy_models(), resume)
+        return train(config, toy_inputs(config), models or toy_models(str(distributed.device())), resume)
     finally:
         distributed.shutdown()
 
