@@ -89,6 +89,14 @@ def test_overrides_are_applied_in_order_and_typed(config_file):
     assert load_config(config_file, ["data.prompt_csv=a=b.txt"]).data.prompt_csv == "a=b.txt"
 
 
+def test_values_can_refer_to_others(config_file):
+    overrides = ["run.run_name=sd-${ppo.steps}-${model.num_steps}", "distill.prompts=${ppo.steps}", "ppo.steps=7"]
+    config = load_config(config_file, overrides)
+    assert config.run.run_name == f"sd-7-{config.model.num_steps}" and config.distill.prompts == 7
+    with pytest.raises(ConfigError, match=r"data\.prompt_csv refers to run\.run_name, which refers to another key"):
+        load_config(config_file, [*overrides, "data.prompt_csv=${run.run_name}.txt"])
+
+
 def test_round_trip_keeps_every_value(config_file, tmp_path):
     config = load_config(config_file, ["ppo.learning_rate=0.1", "model.sigma_min=0.03", "evaluation.metrics=[x]"])
     (tmp_path / "again.yaml").write_text(to_yaml(config))
@@ -123,6 +131,7 @@ BAD_OVERRIDES = [
     ("ppo.steps", "expected section.key=value"),
     ("ppo.steps=[", "--override ppo.steps=[: "),
     ("run.seed=${ppo.nothing}", "Interpolation key 'ppo.nothing' not found"),
+    ("run.run_name=${run.run_name}", "run.run_name refers to run.run_name, which refers to another key"),
     ("ppo.clip_range=.nan", "ppo.clip_range=nan must be a finite number"),
     ("ppo.clip_range=0", "ppo.clip_range=0.0 must be above 0"),
     ("ppo.learning_rate=-1", "ppo.learning_rate=-1.0 must be above 0"),
@@ -177,6 +186,13 @@ def test_bad_values_are_refused_at_the_door(config_file, tmp_path, override, wor
         (b"\xff\xfe\n", "is not valid YAML"),
         (b"just words", "unknown section `just words`"),
         (b"3: {}\n", "unknown section `3`"),
+        (b"ppo: &a {steps: 3}\nppo: *a\n", "aliases such as *a are not supported; write the value again"),
+        (b"ppo: {steps: !!int 3}\n", "tags such as tag:yaml.org,2002:int are not supported"),
+        (b"ppo: " + b"[" * 30, "it is nested too deeply"),
+        (b"run: {run_name: '${oc.env:HOME}'}\n", "in ${oc.env:HOME} only references such as ${run.seed} are possible"),
+        (b"run: {run_name: '" + b"${run.seed}" * 21 + b"'}\n", "are possible, 20 in all"),
+        (b'run: {run_name: "a\\u001b[2J"}\n', r"'a\x1b[2J' holds characters that cannot be printed"),
+        (b"ppo: {steps: 9999999999999999999999}\n", "a number has more than 63 bits"),
     ],
 )
 def test_broken_yaml_is_refused(config_file, tmp_path, text, words):

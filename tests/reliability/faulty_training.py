@@ -1,6 +1,6 @@
 """The toy run with one fault, as a program:
 
-    faulty_training.py PHASE STEP RANK SIGNAL FOLDER CONFIG auto|never|RUN_DIR [override ...]
+    faulty_training.py PHASE STEP RANK SIGNAL FOLDER DEVICE CONFIG auto|never|RUN_DIR [override ...]
 
 In step STEP rank RANK sends itself SIGNAL (KILL, STOP, ...) in the middle of PHASE, once: FOLDER/fault then says when.
 FOLDER/starts has a line with the time for every start of a process.
@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from toy_training import ToyDenoiser, ToyReward, run_toy
 
 from torch_utils import checkpoint, distributed
@@ -66,12 +67,20 @@ class Fault:
         return wrapper
 
 
+def share_one_gpu() -> None:
+    """Let two ranks use the only GPU: NCCL refuses that within one host, so each says that it is a host of its own."""
+    if torch.cuda.device_count() == 1 and "RANK" in os.environ:
+        os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "LOCAL_RANK": "0"}
+
+
 def main() -> None:
-    phase, step, rank, name, folder, config, resume, *overrides = sys.argv[1:]
+    phase, step, rank, name, folder, device, config, resume, *overrides = sys.argv[1:]
     with open(Path(folder) / "starts", "a") as file:
         file.write(f"{started()}\n")
     Fault(phase, int(step), int(rank), signal.Signals[f"SIG{name}"], Path(folder))
-    signum = run_toy(Path(config), resume, overrides)
+    if device == "cuda":
+        share_one_gpu()
+    signum = run_toy(Path(config), resume, overrides, device=device)
     if signum:
         sys.exit(128 + signum)
 

@@ -1,4 +1,7 @@
-"""Processes killed in the middle of their work, on two ranks: the run goes on by itself and ends as if undisturbed."""
+"""Processes killed in the middle of their work, on two ranks: the run goes on by itself and ends as if undisturbed.
+
+Over Gloo on the CPU; over NCCL where there is a GPU.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ ROOT = HERE.parents[1]
 STEPS, SAVE_EVERY, FAULT_STEP = 6, 2, 4
 OPTIONS = [f"ppo.steps={STEPS}", f"logging.save_interval={SAVE_EVERY}"]
 STOP_S = 10.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def only_run(root: Path) -> RunDirectory:
@@ -39,7 +43,7 @@ def without_timings(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> RunDirectory:
     root = tmp_path_factory.mktemp("undisturbed")
-    assert run_toy(write_files(root), "never", OPTIONS) == 0
+    assert run_toy(write_files(root), "never", OPTIONS, device=DEVICE) == 0
     return only_run(root)
 
 
@@ -56,7 +60,7 @@ def start(
     config = write_files(root)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launcher += [f"--max-restarts={restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    fault = [phase, str(FAULT_STEP), str(rank), name, str(root)]
+    fault = [phase, str(FAULT_STEP), str(rank), name, str(root), DEVICE]
     program = [str(HERE / "faulty_training.py"), *fault, str(config), "auto"]
     return subprocess.Popen(
         [*launcher, *program, *OPTIONS, *extra],
@@ -98,6 +102,7 @@ def test_a_killed_rank_costs_what_came_after_the_last_checkpoint(tmp_path, undis
     assert len(starts) == 4 and starts[1] < killed < starts[2]
     # torchrun starts the ranks again when none is left.
     assert starts[2] - killed < STOP_S, messages
+    print(f"{DEVICE}: rank {rank} killed in {phase}, all started again after {starts[2] - killed:.1f} s")
     directory = only_run(tmp_path)
     assert_as_undisturbed(directory, undisturbed)
     assert not [path for path in directory.path.rglob(".*.tmp")]
@@ -151,7 +156,7 @@ def test_a_signal_to_the_launcher_ends_all_ranks_at_the_same_step(tmp_path, undi
     assert not children(tmp_path)
     directory = only_run(tmp_path)
     assert load_checkpoint(directory.latest_checkpoint())["step"] == FAULT_STEP
-    assert run_toy(tmp_path / "toy.yaml", "auto", OPTIONS) == 0
+    assert run_toy(tmp_path / "toy.yaml", "auto", OPTIONS, device=DEVICE) == 0
     assert_as_undisturbed(directory, undisturbed)
 
 
@@ -164,7 +169,7 @@ def test_no_rank_outlives_its_launcher(tmp_path, undisturbed):
     for pid in children(tmp_path):
         os.kill(pid, signal.SIGCONT)
     assert wait_until(lambda: not children(tmp_path), STOP_S), "the ranks go on without a launcher"
-    assert run_toy(tmp_path / "toy.yaml", "auto", OPTIONS) == 0
+    assert run_toy(tmp_path / "toy.yaml", "auto", OPTIONS, device=DEVICE) == 0
     assert_as_undisturbed(only_run(tmp_path), undisturbed)
 
 
@@ -173,7 +178,7 @@ def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path, undisturbed)
     config = write_files(tmp_path)
     for ranks, until in ((1, 2), (2, 4), (1, 6)):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        fault = ["reward", str(until), "0", "USR1", str(tmp_path)]
+        fault = ["reward", str(until), "0", "USR1", str(tmp_path), DEVICE]
         command = [sys.executable, *launcher, str(HERE / "faulty_training.py"), *fault, str(config), "auto", *OPTIONS]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
         (tmp_path / "fault").unlink()

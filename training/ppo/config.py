@@ -23,7 +23,8 @@ from torch_utils.untrusted import read_bounded
 
 MAX_BYTES = 256 << 10  # of a configuration; the longest here has 4 kB
 MAX_DEPTH = 20  # of sections and lists in each other
-REFERENCE = re.compile(r"\$\{\w+\.\w+\}")  # a value that is another key's
+REFERENCE = re.compile(r"\$\{(\w+\.\w+)\}")  # stands for another key's value
+MAX_REFERENCES = 20
 # What PyYAML and OmegaConf raise for values that they cannot make sense of.
 UNUSABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, OverflowError, RecursionError)
 
@@ -287,7 +288,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             OmegaConf.update(source, "model.compile", "off")  # which YAML reads as false without quotes
         try:
             merged = OmegaConf.merge(merged, source)
+            _check_references(origin, merged)
             OmegaConf.to_container(merged, resolve=True)
+        except ConfigError:
+            raise
         except UNUSABLE as error:
             raise ConfigError(f"{origin}: {_describe(error)}") from error
     try:
@@ -338,7 +342,7 @@ def _check_yaml(text: str) -> None:
 
 def _check_leaves(origin: str, content: object) -> None:
     """Raise `ConfigError` for keys and values that no setting can have, before messages and OmegaConf get them."""
-    todo = [content]
+    todo, references = [content], 0
     while todo:
         match todo.pop():
             case dict() as section:
@@ -347,12 +351,25 @@ def _check_leaves(origin: str, content: object) -> None:
                 todo += values
             case str() as text if not text.isprintable():
                 raise ConfigError(f"{origin}: {ascii(text)[:80]} holds characters that cannot be printed")
-            case str() as text if "${" in text and not REFERENCE.fullmatch(text):
-                raise ConfigError(
-                    f"{origin}: {text[:80]} must name another key and nothing else, such as ${{run.seed}}"
-                )
+            case str() as text if "${" in text:
+                rest, found = REFERENCE.subn("", text)
+                references += found
+                if "${" in rest or references > MAX_REFERENCES:
+                    raise ConfigError(
+                        f"{origin}: in {text[:80]} only references such as ${{run.seed}} are possible, "
+                        f"{MAX_REFERENCES} in all"
+                    )
             case int() as number if abs(number) >= 1 << 63:
                 raise ConfigError(f"{origin}: a number has more than 63 bits")
+
+
+def _check_references(origin: str, merged: DictConfig) -> None:
+    """Raise `ConfigError` for a reference to a value that has some itself: a few such lines can stand for gigabytes."""
+    values = {key: str(value) for key, value in _leaves(OmegaConf.to_container(merged))}
+    for key, value in values.items():
+        for named in REFERENCE.findall(value):
+            if "${" in values.get(named, ""):
+                raise ConfigError(f"{origin}: {key} refers to {named}, which refers to another key: name that one")
 
 
 def _types() -> dict[str, str]:
