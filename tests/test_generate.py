@@ -6,10 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -750,37 +747,3 @@ def test_missing_stable_diffusion_says_what_to_fetch(tmp_path, monkeypatch):
     assert "unet/diffusion_pytorch_model.safetensors (SHA-256 19da7aaa" in result.output
     assert str(tmp_path / "cache") in result.output
     assert not (tmp_path / "o").exists()
-
-
-def test_two_ranks_make_the_images_of_one(tmp_path):
-    """Also: plain python with MASTER_PORT set starts no process group."""
-    common = [
-        "--prompt-file",
-        str(TEST_PROMPTS),
-        "--seeds",
-        "0-4",
-        "--batch",
-        "2",
-        "--predictor_path",
-        str(start_table(tmp_path)),
-        "--device",
-        "cpu",
-    ]
-    environment = os.environ | {"MASTER_PORT": "29600"}
-    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *launcher, "sample.py", *common, "--outdir", str(tmp_path / name)],
-            cwd=ROOT,
-            env=environment,
-        )
-        for name, launcher in launchers.items()
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    for seed in range(5):
-        one, two = (load_image(tmp_path / name / image_name(seed)) for name in launchers)
-        assert ((one - two) * 255).abs().max() <= 1
-    manifests = [[json.loads(line) for line in (tmp_path / name / "manifest.jsonl").open()] for name in launchers]
-    assert [(line["seed"], line["prompt"]) for line in manifests[0]] == [
-        (line["seed"], line["prompt"]) for line in manifests[1]
-    ]
