@@ -46,7 +46,11 @@ if [ ! -e "$start" ]; then
     mkdir -p "$(dirname "$start")"
     run "$PYTHON" -m training.distill --config "training/ppo/cfgs/$config.yaml" --output "$start" >/dev/null
 fi
-run_dir=$(run "$PYTHON" "${launcher[@]}" training.ppo.launch --config "training/ppo/cfgs/$config.yaml" \
-    --override "data.predictor_snapshot=$start")
+launch=(training.ppo.launch --config "training/ppo/cfgs/$config.yaml" --override "data.predictor_snapshot=$start")
+if [ "$preset" = sd15-multi ]; then
+    # torchrun takes every end for a crash, and would start a mistaken configuration four times.
+    run "$PYTHON" -m "${launch[@]}" --dry-run >/dev/null
+fi
+run_dir=$(run "$PYTHON" "${launcher[@]}" "${launch[@]}")
 run "$PYTHON" -m training.ppo.export_epd_predictor "$run_dir"
 echo "The learned table is in $run_dir/export; next: bash sample.sh $preset" >&2

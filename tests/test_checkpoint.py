@@ -211,6 +211,27 @@ def test_rubbish_with_a_right_hash(tmp_path, data):
         load_checkpoint(tmp_path / "a.pt")
 
 
+def test_a_crash_between_record_and_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
+    """The checkpoint is replaced, as policy-best.pt is, and the process dies before the new one has its name."""
+    path, replace, renamed = tmp_path / "best.pt", os.replace, []
+    save_checkpoint(path, {"step": 1})
+
+    def dies(source, target):
+        if Path(target) == path:
+            raise KeyboardInterrupt
+        renamed.append(Path(target).name)
+        replace(source, target)
+
+    for step in (2, 3):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", dies)
+            save_checkpoint(path, {"step": step})
+        assert load_checkpoint(path) == {"step": 1}
+    assert renamed == ["best.pt.sha256"] * 2
+    save_checkpoint(path, {"step": 4})
+    assert load_checkpoint(path) == {"step": 4} and record_path(path).read_text().count("\n") == 1
+
+
 def test_a_checkpoint_is_a_dict(tmp_path):
     torch.save([1, 2], tmp_path / "a.pt")
     write_with_record(tmp_path / "a.pt", (tmp_path / "a.pt").read_bytes())
@@ -263,6 +284,12 @@ def test_user_errors_end_a_command_with_one_line_and_code_2():
             raise CheckpointError("file a.pt\nis damaged")
         if kind == "bug":
             raise ValueError("a bug keeps its traceback")
+        if kind == "full":
+            raise OSError(errno.ENOSPC, "No space left on device", "a.pt")
+        if kind == "other":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        if kind == "ascii":
+            "ä".encode("ascii")
         click.echo("fine")
 
     result = CliRunner().invoke(command, ["user"])
@@ -270,6 +297,10 @@ def test_user_errors_end_a_command_with_one_line_and_code_2():
     assert result.stderr == "Error: file a.pt is damaged\n"
     assert isinstance(CliRunner().invoke(command, ["bug"]).exception, ValueError)
     assert CliRunner().invoke(command, ["none"]).stdout == "fine\n"
+    full, other, ascii_only = (CliRunner().invoke(command, [kind]) for kind in ("full", "other", "ascii"))
+    assert full.exit_code == ascii_only.exit_code == 2 and isinstance(other.exception, OSError)
+    assert full.stderr.startswith("Error: a.pt: No space left on device; ") and full.stderr.count("\n") == 1
+    assert ascii_only.stderr.endswith("cannot be written in ascii, the encoding of this locale: set PYTHONUTF8=1\n")
     assert issubclass(CheckpointError, UserError)
     assert issubclass(UserError, ValueError)
 

@@ -88,7 +88,10 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def record_path(path: str | os.PathLike[str]) -> Path:
-    """Where the SHA-256 of `path` is written: `<path>.sha256`, a line that `sha256sum -c` understands."""
+    """Where the SHA-256 of `path` is written: `<path>.sha256`, a line that `sha256sum -c` understands.
+
+    While the file is being replaced, and after a crash just then, a second line has the hash of the one before.
+    """
     path = Path(path)
     return path.with_name(path.name + ".sha256")
 
@@ -107,10 +110,16 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         raise CheckpointError(f"checkpoint {path}: the state cannot be saved: {error}") from error
     data = buffer.getvalue()
     _parse(data, path)
+    record, line = record_path(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n"
+    earlier = record.read_text(encoding="utf-8", errors="replace") if path.exists() and record.is_file() else ""
     with atomic_file(path) as temporary:
         temporary.write_bytes(data)
-        # The record comes first: once the checkpoint has its final name, everything needed to read it is there.
-        atomic_write_text(record_path(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
+        # The record comes first: once the checkpoint has its final name, everything needed to read it is there. Until
+        # then the one before counts, too.
+        atomic_write_text(record, line + earlier)
+    if earlier:
+        with contextlib.suppress(OSError):  # the checkpoint is there, and one line too many does no harm
+            atomic_write_text(record, line)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -131,16 +140,18 @@ def read_intact(path: Path) -> bytes:
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
     try:
-        expected = read_bounded(record, CHUNK_BYTES).decode("utf-8").split()[0]
+        lines = read_bounded(record, CHUNK_BYTES).decode("utf-8").splitlines()
+        expected = [line.split()[0] for line in lines]
+        newest = expected[0]
     except (OSError, UnicodeDecodeError, IndexError) as error:
         raise CheckpointError(
             f"checkpoint {path} has no readable SHA-256 record {record.name}; copy both files or use another checkpoint"
         ) from error
     actual = hashlib.sha256(data).hexdigest()
-    if actual != expected:
+    if actual not in expected:
         raise CheckpointError(
             f"checkpoint {path} is damaged or incomplete: its SHA-256 is {actual[:12]}..., "
-            f"its record says {expected[:12]}...; use another checkpoint"
+            f"its record says {newest[:12]}...; use another checkpoint"
         )
     return data
 
@@ -215,9 +226,11 @@ def lock_folder(folder: str | os.PathLike[str], locks: contextlib.ExitStack) -> 
             f"cannot lock {path}: {error.strerror}; the file system needs locks (flock), choose a folder on another one"
         ) from error
     locks.enter_context(file)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
     return True
 
 

@@ -6,6 +6,7 @@ python -m torch_utils.download_util ms_coco prompts     fetches them, and prints
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import click
 from dnnlib.util import ANSWER_SECONDS, TIMEOUT, DownloadError, cache_dir, download, within
 from torch_utils.checkpoint import atomic_write_text, sha256_file
 from torch_utils.errors import user_errors
-from torch_utils.options import cache_dir_option
+from torch_utils.options import CACHE_VARIABLE, cache_dir_option
 
 PROJECT = Path(__file__).resolve().parents[1]
 # owner/name of a model on the Hugging Face hub, with @ and a branch, tag or commit, or without.
@@ -273,6 +274,7 @@ def check_file_by_key(key: str) -> Path:
     folder = asset.folders()[-1]
     if offline():
         raise DownloadError(f"{by_hand(key)} (HF_HUB_OFFLINE forbids downloads)")
+    _make(folder)
     for file in asset.files:
         if (folder / file.name).is_file():
             continue
@@ -281,6 +283,18 @@ def check_file_by_key(key: str) -> Path:
         except DownloadError as error:
             raise DownloadError(f"{by_hand(key)} ({error})") from error
     return _verified(asset, folder)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        refusal = None if os.access(folder, os.W_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        refusal = error.strerror
+    if refusal is not None:
+        raise DownloadError(
+            f"{folder} cannot be written: {refusal}; name a cache folder with --cache-dir or in {CACHE_VARIABLE}"
+        )
 
 
 def locate(key: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -10,6 +11,10 @@ import click
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+# What a system says that refuses to write or read: full disks, quotas, limits and permissions.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
@@ -23,7 +28,10 @@ class UserErrorExit(click.ClickException):
 
 
 def user_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Decorator for the body of a click command (innermost): a `UserError` ends it without a traceback, exit code 2."""
+    """Decorator for the body of a click command (innermost): a `UserError` ends it without a traceback, exit code 2.
+
+    So do a disk that refuses, and text that the locale's encoding does not have, wherever they come up.
+    """
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -31,5 +39,17 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except UserError as error:
             raise UserErrorExit(" ".join(str(error).split())) from error
+        except UnicodeEncodeError as error:
+            text = ascii(error.object)[:200]
+            raise UserErrorExit(
+                f"{text} cannot be written in {error.encoding}, the encoding of this locale: set PYTHONUTF8=1"
+            ) from error
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            raise UserErrorExit(
+                f"{place}{error.strerror}; what was finished is kept, mend that and start again"
+            ) from error
 
     return wrapper

@@ -82,5 +82,15 @@ def read_prompts(prompt_file: Path | None, prompt: str | None, seeds: str) -> tu
     if prompt is not None:
         if not prompt.strip():
             raise UserError("--prompt is blank")
-        return numbers, [prompt] * len(numbers)
+        return numbers, [_as_utf8(prompt)] * len(numbers)
     return numbers, prompts_for_seeds(load_prompts(prompt_file), numbers)
+
+
+def _as_utf8(argument: str) -> str:
+    """A command line argument as it was typed, in UTF-8, where the locale's encoding (LC_ALL=C) could not read it."""
+    try:
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            "--prompt is not valid UTF-8; write it into a file, and name that with --prompt-file"
+        ) from error

@@ -19,6 +19,7 @@ import torch
 from toy_training import ToyDenoiser, ToyReward, run_toy
 
 from torch_utils import checkpoint, distributed
+from training.ppo.policy import EPDParamPolicy
 from training.ppo.ppo_trainer import PPOTrainer
 from training.ppo.rdpo import RDPO
 
@@ -30,6 +31,11 @@ PHASES = {
     "gather": (distributed, "all_gather"),
     "save": (checkpoint.os, "replace"),
 }
+# The same for backward passes: the fault comes when the gradient of what the function gave is known, and no other yet.
+BACKWARD = {
+    "backward": (EPDParamPolicy, "all_rows"),  # to the weights: rdpo's loss, or pathwise's table
+    "gradients": (ToyDenoiser, "slope"),  # pathwise: of the images to their tables, in the last interval
+}
 
 
 def started() -> float:
@@ -39,13 +45,14 @@ def started() -> float:
 
 
 class Fault:
-    """Strikes at the phase's first call in the step."""
+    """Strikes at the phase's first call, or first gradient, in the step."""
 
     def __init__(self, phase: str, step: int, rank: int, signum: int, folder: Path):
         self.step, self.rank, self.signum, self.marker = step, rank, signum, folder / "fault"
         self.now = 0
-        holder, name = PHASES[phase]
-        setattr(holder, name, self.before(vars(holder)[name]))
+        holder, name = (PHASES | BACKWARD)[phase]
+        around = self.during_backward if phase in BACKWARD else self.before
+        setattr(holder, name, around(vars(holder)[name]))
         PPOTrainer._train_step = self.counting(PPOTrainer._train_step)
 
     def counting(self, train_step):
@@ -59,12 +66,26 @@ class Fault:
     def before(self, function):
         @functools.wraps(function)
         def wrapper(*arguments, **options):
-            if self.now == self.step and distributed.rank() == self.rank and not self.marker.exists():
-                self.marker.write_text(str(time.time()))
-                os.kill(os.getpid(), self.signum)
+            self.strike()
             return function(*arguments, **options)
 
         return wrapper
+
+    def during_backward(self, function):
+        @functools.wraps(function)
+        def wrapper(*arguments):
+            result = function(*arguments)
+            tensor = result if isinstance(result, torch.Tensor) else result.alpha_pos
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: self.strike())
+            return result
+
+        return wrapper
+
+    def strike(self) -> None:
+        if self.now == self.step and distributed.rank() == self.rank and not self.marker.exists():
+            self.marker.write_text(str(time.time()))
+            os.kill(os.getpid(), self.signum)
 
 
 def share_one_gpu() -> None:

@@ -40,10 +40,20 @@ def without_timings(path: Path) -> list[dict]:
     return [{key: value for key, value in record.items() if "second" not in key} for record in records]
 
 
+PATHWISE = ["trainer.algorithm=pathwise", "pathwise.learning_rate=0.1"]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> RunDirectory:
     root = tmp_path_factory.mktemp("undisturbed")
     assert run_toy(write_files(root), "never", OPTIONS, device=DEVICE) == 0
+    return only_run(root)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pathwise(tmp_path_factory) -> RunDirectory:
+    root = tmp_path_factory.mktemp("pathwise")
+    assert run_toy(write_files(root), "never", [*OPTIONS, *PATHWISE], device=DEVICE) == 0
     return only_run(root)
 
 
@@ -91,10 +101,22 @@ def assert_as_undisturbed(directory: RunDirectory, undisturbed: RunDirectory) ->
 
 
 @pytest.mark.parametrize(
-    ("phase", "rank"), [("rollout", 1), ("reward", 0), ("update", 1), ("gather", 1), ("gather", 0), ("save", 0)]
+    ("phase", "rank"),
+    [("rollout", 1), ("reward", 0), ("update", 1), ("backward", 1), ("gather", 1), ("gather", 0), ("save", 0)],
 )
 def test_a_killed_rank_costs_what_came_after_the_last_checkpoint(tmp_path, undisturbed, phase, rank):
-    process = start(tmp_path, phase, rank, "KILL")
+    assert_a_kill_costs_little(tmp_path, undisturbed, phase, rank)
+
+
+@pytest.mark.parametrize(("phase", "rank"), [("gradients", 0), ("backward", 1)])
+def test_so_does_one_that_learns_by_the_rewards_gradient(tmp_path, undisturbed_pathwise, phase, rank):
+    assert_a_kill_costs_little(tmp_path, undisturbed_pathwise, phase, rank, PATHWISE)
+
+
+def assert_a_kill_costs_little(
+    tmp_path: Path, undisturbed: RunDirectory, phase: str, rank: int, extra: Sequence[str] = ()
+) -> None:
+    process = start(tmp_path, phase, rank, "KILL", extra=extra)
     messages = finish(process)
     assert process.returncode == 0, messages
     killed = float((tmp_path / "fault").read_text())

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from toy_training import run_toy, write_files
 
-from torch_utils.checkpoint import CheckpointError, load_checkpoint, record_path
+from torch_utils.checkpoint import CheckpointError, load_checkpoint, record_path, save_checkpoint
 from torch_utils.errors import UserError
+from training.ppo import launch
 from training.ppo.cold_start import cold_start_table
-from training.ppo.config import CheckpointsConfig, PPOConfig
+from training.ppo.config import CheckpointsConfig, PPOConfig, flatten, load_config
 from training.ppo.policy import EPDParamPolicy
 from training.ppo.rdpo import RDPO
 from training.ppo.rl_runner import Draw, Rollout
-from training.ppo.run_dir import RunDirectory, RunError
+from training.ppo.run_dir import RunDirectory, RunError, config_sha256
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -105,6 +110,50 @@ def test_what_a_killed_writer_left_is_swept_at_the_next_start(toy, tmp_path):
     assert not any(path.exists() for path in leftovers) and kept.exists()
 
 
+KILLED_WRITERS = """
+import os, random, signal, sys, time
+from pathlib import Path
+
+import torch
+from torch_utils.checkpoint import load_checkpoint, save_checkpoint, sweep_leftovers
+
+folder, path, random = Path(sys.argv[1]), Path(sys.argv[1]) / "policy.pt", random.Random(0)
+save_checkpoint(path, {"step": -1, "weights": torch.full((300_000,), -1.0)})
+steps, leftovers = [], 0
+for life in range(20):
+    writer = os.fork()
+    if writer == 0:
+        for step in range(1000 * life, 1000 * life + 1000):
+            save_checkpoint(path, {"step": step, "weights": torch.full((300_000,), float(step))})
+        os._exit(1)
+    time.sleep(random.uniform(0.01, 0.1))
+    os.kill(writer, signal.SIGKILL)
+    _, status = os.waitpid(writer, 0)
+    assert os.WIFSIGNALED(status)
+    try:
+        state = load_checkpoint(path)
+    except ValueError as error:
+        sys.exit(f"life {life}: {error}")
+    assert (state["weights"] == state["step"]).all()
+    steps.append(state["step"])
+    leftovers += sweep_leftovers(folder)
+    assert {file.name for file in folder.iterdir()} <= {"policy.pt", "policy.pt.sha256"}
+assert steps == sorted(steps)
+print(len(set(steps)), leftovers)
+"""
+
+
+@pytest.mark.reliability
+def test_a_writer_killed_at_twenty_random_instants_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
+    """Always under the same name, where record and content have to change together."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", KILLED_WRITERS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seen, leftovers = map(int, done.stdout.split())
+    assert seen > 5 and leftovers > 2  # the kills came in the middle of the work
+
+
 def test_checkpoints_are_pruned_as_asked(toy, tmp_path):
     run_toy(
         toy, "never", ["ppo.steps=9", "logging.save_interval=1", "checkpoints.keep_last=2", "checkpoints.keep_every=3"]
@@ -183,6 +232,125 @@ def test_two_runs_in_one_folder(toy, tmp_path):
     assert f"process {holder.pid}" in (directory.path / ".lock").read_text()  # stale, and no obstacle
     assert run_toy(toy, str(directory.path), ["ppo.steps=5"]) == 0
     assert f"process {os.getpid()}" in (directory.path / ".lock").read_text()
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} does not come"
+        time.sleep(0.05)
+
+
+@pytest.mark.reliability
+def test_two_real_runs_in_one_folder(toy, tmp_path):
+    """The first stands still in its fourth step; the second is refused; the first is killed; a third goes on."""
+    options = ["ppo.steps=6", "evaluation.interval=0"]
+    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    program = [
+        sys.executable,
+        str(HERE / "faulty_training.py"),
+        "reward",
+        "4",
+        "0",
+        "STOP",
+        str(tmp_path),
+        "cpu",
+        str(toy),
+    ]
+    first = subprocess.Popen([*program, "never", *options], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(tmp_path / "fault")
+        directory = only_run(tmp_path)
+        again = [sys.executable, str(HERE.parent / "toy_training.py"), str(toy), str(directory.path), *options]
+        second = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=120)
+        assert second.returncode != 0
+        holder = f"is in use by process {first.pid} on {os.uname().nodename}; wait for it"
+        assert holder in second.stderr.splitlines()[-1]
+        assert directory.checkpoint_steps() == [2]
+    finally:
+        first.kill()
+        first.wait()
+    third = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=120)
+    assert third.returncode == 0, third.stderr
+    assert "2 of 6 steps done" in third.stderr
+    assert steps_of(directory.metrics) == list(range(1, 7)) and only_run(tmp_path) == directory
+
+
+def replaced(text: str, new: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        before = path.read_text()
+        assert text in before
+        path.write_text(before.replace(text, new))
+
+    return damage
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("named_by", ["run", "configuration"])
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("resolved_config.yaml", Path.unlink, "resolved_config.yaml"),
+        ("resolved_config.yaml", empty, "model.num_"),
+        ("resolved_config.yaml", lambda path: path.write_bytes(b"\x80\xff{"), "resolved_config.yaml"),
+        ("resolved_config.yaml", lambda path: path.write_text("ppo: {steps: ["), "is not valid YAML"),
+        ("resolved_config.yaml", lambda path: path.write_text("- 1\n"), "must hold sections"),
+        ("resolved_config.yaml", replaced("\n  steps: 4", "\n  steps: many"), "ppo.steps must be of type int"),
+        ("resolved_config.yaml", replaced("\n  steps: 4", "\n  stops: 4"), "unknown key `ppo.stops`"),
+        ("resolved_config.yaml", lambda path: (path.unlink(), path.mkdir()), "resolved_config.yaml"),
+        ("start_table.safetensors", Path.unlink, "start_table.safetensors"),
+        ("start_table.safetensors", cut, "start_table.safetensors"),
+        ("start_table.safetensors", empty, "start_table.safetensors"),
+    ],
+)
+def test_a_run_folder_with_a_broken_configuration_is_one_line(toy_run, tmp_path, named_by, file, damage, words):
+    _, run = toy_run
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    stored = folder / "configs" / "resolved_config.yaml"
+    for toys, real in {
+        "name: toy": "name: emoji",
+        "type: hps": "type: emoji_reward",
+        "\n  - toy_spread": " []",
+    }.items():
+        replaced(toys, real)(stored)
+    config = ["--config", str(shutil.copy(stored, tmp_path / "same.yaml"))] if named_by == "configuration" else []
+    damage(folder / "configs" / file)
+    result = CliRunner().invoke(launch.main, [*config, "--resume", str(folder), "--device", "cpu"])
+    assert result.exit_code == 2, result.output
+    last = result.stderr.splitlines()[-1]
+    assert result.stderr.count("Error: ") == 1 and last.startswith("Error: ") and words in last
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory) -> tuple[Path, Path]:
+    """The configuration of a finished toy run, and its folder."""
+    root = tmp_path_factory.mktemp("toy")
+    toy = write_files(root)
+    assert run_toy(toy, "never", []) == 0
+    return toy, only_run(root).path
+
+
+def test_a_checkpoint_knows_its_configuration(toy_run, tmp_path):
+    toy, run = toy_run
+    shutil.copytree(run, tmp_path / "run")
+    directory = RunDirectory(tmp_path / "run")
+    path = directory.checkpoint(4)
+    state = load_checkpoint(path)
+    flat = flatten(load_config(toy))
+    assert state["config"] == flat and state["config_sha256"] == config_sha256(dict(reversed(flat.items())))
+    for values in ({"ppo.learning_rate": 7.0}, {"ppo.steps": 9}, {"ppo.foreign": 1}, {"ppo.steps": torch.ones(2)}):
+        save_checkpoint(path, state | {"config": flat | values})
+        with pytest.raises(CheckpointError, match=r"step000004\.pt: the configuration in it was changed"):
+            run_toy(toy, str(directory.path), ["ppo.steps=5"])
+    changed = state["config"] | {"ppo.learning_rate": 7.0, "run.seed": 3, "ppo.steps": 9, "ppo.foreign": 1}
+    save_checkpoint(path, state | {"config": changed, "config_sha256": config_sha256(changed)})
+    with pytest.raises(CheckpointError, match=r"other values of ppo\.foreign, ppo\.learning_rate, run\.seed; use a"):
+        run_toy(toy, str(directory.path), ["ppo.steps=5"])
+    harmless = state["config"] | {"ppo.steps": 9, "logging.save_interval": 3, "run.output_root": "elsewhere"}
+    save_checkpoint(path, state | {"config": harmless, "config_sha256": config_sha256(harmless)})
+    assert run_toy(toy, str(directory.path), ["ppo.steps=5"]) == 0
 
 
 def broken_rollout(policy: EPDParamPolicy) -> Rollout:

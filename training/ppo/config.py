@@ -320,6 +320,8 @@ def _read_yaml(path: Path) -> DictConfig:
 def _parse_override(item: str) -> DictConfig:
     if "=" not in item or not item.partition("=")[0].strip():
         raise ConfigError(f"--override {item}: expected section.key=value, for example ppo.steps=100")
+    if any("\ud800" <= letter <= "\udfff" for letter in item):
+        raise ConfigError(f"--override {item!a}: the encoding of this locale cannot read it; set PYTHONUTF8=1")
     try:
         _check_yaml(item.partition("=")[2])
         return OmegaConf.from_dotlist([item])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from training.ppo.policy import EPDParamPolicy
 from training.ppo.rdpo import RDPO
 from training.ppo.reporting import Reporter
 from training.ppo.rl_runner import EPDRolloutRunner, Rollout, first_broken
-from training.ppo.run_dir import RunDirectory, restore_policy
+from training.ppo.run_dir import RunDirectory, check_config, config_sha256, restore_policy
 
 STOP_AFTER = 2  # diverging evaluations in a row, where evaluation.on_divergence is stop
 
@@ -75,16 +76,14 @@ class PPOTrainer:
         Returns the signal's number, or 0. Raises `UserError` when the GPU's memory does not suffice, when nothing can
         be written, or when too much had to be left out.
         """
-        reporter = None
-        if distributed.is_main():
-            steps = self.config.ppo.steps
-            reporter = Reporter(self.directory, self.config.logging, steps, self.step, self.evaluation_steps)
         try:
-            if self.step == 0 and self.step in self.evaluation_steps:
-                self._evaluate(reporter)
-            signum = 0
-            while self.step < self.config.ppo.steps and not signum and not self._must_stop():
-                signum = self._train_step(reporter, stop)
+            with contextlib.ExitStack() as opened:
+                reporter = None
+                if distributed.is_main():
+                    steps = self.config.ppo.steps
+                    reporter = Reporter(self.directory, self.config.logging, steps, self.step, self.evaluation_steps)
+                    opened.callback(reporter.close)
+                return self._train(reporter, stop)
         except torch.OutOfMemoryError as error:
             micro_batch = self.config.ppo.rollout_micro_batch or "null, the rank's whole share"
             raise UserError(
@@ -97,9 +96,13 @@ class PPOTrainer:
                 f"step {self.step}: cannot write {place}; make room there and start again, the run goes on from its "
                 "last checkpoint"
             ) from error
-        finally:
-            if reporter is not None:
-                reporter.close()
+
+    def _train(self, reporter: Reporter | None, stop: StopRequest) -> int:
+        if self.step == 0 and self.step in self.evaluation_steps:
+            self._evaluate(reporter)
+        signum = 0
+        while self.step < self.config.ppo.steps and not signum and not self._must_stop():
+            signum = self._train_step(reporter, stop)
         return signum
 
     def _train_step(self, reporter: Reporter | None, stop: StopRequest) -> int:
@@ -231,23 +234,34 @@ class PPOTrainer:
 
     def _save(self, path: Path) -> None:
         if distributed.is_main():
-            state = {
-                "step": self.step,
-                "policy": self.policy.state_dict(),
-                "optimizer": self.learner.optimizer.state_dict(),
-                "guard": self.guard.state(),
-                "dropped_groups": self.dropped_groups,
-                "skipped_updates": self.skipped_updates,
-                "mix": self.runner.mix.state(),
-                "evaluation_mix": [] if self.evaluator is None else self.evaluator.mix.state(),
-                "start_table_sha256": self.policy.start.sha256(),
-                "config": flatten(self.config),
-            }
-            save_checkpoint(path, state)
+            save_checkpoint(path, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """All that going on needs, after `step`. "guard" has the best evaluation so far.
+
+        Learning rate, exploration, prompts, noises and tables of a step are functions of its number and the
+        configuration (`learning_rate`, `RDPO.concentration`, `PromptOrder.take`, `derive_seed`): there is no scheduler,
+        no place in the prompts and no random generator to keep.
+        """
+        config = flatten(self.config)
+        return {
+            "step": self.step,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
+            "guard": self.guard.state(),
+            "dropped_groups": self.dropped_groups,
+            "skipped_updates": self.skipped_updates,
+            "mix": self.runner.mix.state(),
+            "evaluation_mix": [] if self.evaluator is None else self.evaluator.mix.state(),
+            "start_table_sha256": self.policy.start.sha256(),
+            "config": config,
+            "config_sha256": config_sha256(config),
+        }
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint: every draw is derived from the step, so nothing else need be restored."""
+        """Go on from a checkpoint. Raises `CheckpointError` for one that cannot be read, or of another run."""
         state = restore_policy(self.policy, path)
+        check_config(state["config"], self.config, path)
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.guard.restore(state["guard"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from torch_utils.checkpoint import (
     sweep_leftovers,
 )
 from torch_utils.errors import UserError
-from training.ppo.config import CheckpointsConfig, Config, differences, load_config, to_yaml
+from training.ppo.config import CheckpointsConfig, Config, differences, flatten, load_config, to_yaml
 from training.ppo.policy import EPDParamPolicy
 from training.table import SolverTable, load_table, save_table
 
@@ -36,7 +38,7 @@ FREE_KEYS = re.compile(
     r"|data\.predictor_snapshot|model\.num_(steps|points)"
 )
 CHECKPOINT_KEYS = {
-    *("step", "policy", "optimizer", "guard", "start_table_sha256"),
+    *("step", "policy", "optimizer", "guard", "start_table_sha256", "config", "config_sha256"),
     *("dropped_groups", "skipped_updates", "mix", "evaluation_mix"),
 }
 CHECKPOINT_NAME = re.compile(r"policy-step(\d{6,})\.pt")
@@ -119,12 +121,15 @@ class RunDirectory:
                     path.unlink(missing_ok=True)
 
     def write(self, config: Config, start: SolverTable) -> None:
-        """Write the resolved configuration and the start table, making the folders."""
+        """Write the resolved configuration and the start table, making the folders. Raises `UserError`s."""
         save_table(start, self.start_table)
         resolved = copy.deepcopy(config)
         resolved.data.predictor_snapshot = config.data.predictor_snapshot or str(self.start_table)
         resolved.model.num_steps, resolved.model.num_points = start.num_steps, start.num_points
-        atomic_write_text(self.config, to_yaml(resolved))
+        try:
+            atomic_write_text(self.config, to_yaml(resolved))
+        except OSError as error:
+            raise RunError(f"{self.config} cannot be written: {error.strerror}") from error
 
     def read(self) -> tuple[Config, SolverTable]:
         """The configuration and the start table of an existing run. Raises `RunError` where either is missing."""
@@ -241,6 +246,29 @@ def _changed_keys(directory: RunDirectory, config: Config, start: SolverTable) -
     return changed
 
 
+def config_sha256(flat: dict[str, Any]) -> str:
+    """SHA-256 of a flat configuration as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def _holds_its_config(state: dict[str, Any]) -> bool:
+    try:
+        return isinstance(state["config"], dict) and state["config_sha256"] == config_sha256(state["config"])
+    except (TypeError, ValueError, RecursionError):  # it holds what no configuration does
+        return False
+
+
+def check_config(stored: dict[str, Any], config: Config, path: Path) -> None:
+    """Raise `CheckpointError` where the checkpoint `path` was saved under other values than those of FREE_KEYS."""
+    now = flatten(config)
+    changed = [key for key in sorted(now.keys() | stored.keys()) if now.get(key) != stored.get(key)]
+    changed = [key for key in changed if not FREE_KEYS.fullmatch(key)]
+    if changed:
+        raise CheckpointError(
+            f"{path} is of a run with other values of {', '.join(changed)}; use a checkpoint of this run"
+        )
+
+
 def restore_policy(policy: EPDParamPolicy, path: Path) -> dict[str, Any]:
     """Load a checkpoint's weights into `policy` and return the whole checkpoint (`step`, `optimizer`, `guard`, ...).
 
@@ -249,6 +277,8 @@ def restore_policy(policy: EPDParamPolicy, path: Path) -> dict[str, Any]:
     state = load_checkpoint(path)
     if not state.keys() >= CHECKPOINT_KEYS:
         raise CheckpointError(f"{path} is not a policy checkpoint")
+    if not _holds_its_config(state):
+        raise CheckpointError(f"{path}: the configuration in it was changed after it was saved; use another checkpoint")
     if state["start_table_sha256"] != policy.start.sha256():
         raise CheckpointError(f"{path} was trained from another start table than the one in this run folder")
     try:
