@@ -23,6 +23,7 @@ from torch_utils.torch_file import check_torch_file
 from torch_utils.untrusted import no_link, read_bounded
 
 CHUNK_BYTES = 1 << 20
+MAX_BYTES = 16 << 30  # of a checkpoint of ours, which is read at once; those of solver tables take some kilobytes
 # With others, of 8 bits and less, torch has no arithmetic.
 WEIGHT_TYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -136,6 +137,8 @@ def read_intact(path: Path) -> bytes:
     """The bytes of a checkpoint that match its SHA-256 record. Raises `CheckpointError` as `load_checkpoint` does."""
     record = record_path(path)
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"checkpoint {path} has more than {MAX_BYTES} bytes; use another checkpoint")
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error

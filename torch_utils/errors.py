@@ -38,7 +38,8 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except UserError as error:
-            raise UserErrorExit(" ".join(str(error).split())) from error
+            line = " ".join(str(error).split())  # which may quote a file, with codes that a terminal would obey
+            raise UserErrorExit("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)) from error
         except UnicodeEncodeError as error:
             text = ascii(error.object)[:200]
             raise UserErrorExit(

@@ -35,6 +35,7 @@ DTYPES = {
 }
 TENSORS = ("_rebuild_tensor_v2", "_rebuild_tensor_v3")
 PARAMETERS = ("_rebuild_parameter", "_rebuild_parameter_with_state")
+CALLED = {*TENSORS, *PARAMETERS, "Size", "OrderedDict", "Counter"}  # the other names are only referred to
 NAMES = {
     *(("torch._utils", name) for name in (*TENSORS, *PARAMETERS)),
     *(("torch", name) for name in (*ITEM_BYTES, *DTYPES, "Size")),
@@ -50,13 +51,16 @@ DIALECT = Dialect(
 
 
 class CappedFile(io.BufferedIOBase):
-    """A view of a file whose reads give `READ_BYTES` at most, because zipfile allocates whatever an archive claims."""
+    """A view of a file whose reads give `READ_BYTES` at most, because a read allocates whatever the file claims."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
 
     def read(self, size: int | None = -1) -> bytes:
         return self.file.read(READ_BYTES if size is None or not 0 <= size <= READ_BYTES else size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self.file.readline(READ_BYTES if size is None or not 0 <= size <= READ_BYTES else size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return self.file.seek(offset, whence)
@@ -84,7 +88,7 @@ def check_torch_file(file: BinaryIO) -> None:
         with zipfile.ZipFile(CappedFile(file)) as archive:
             _check_archive(archive, size)
     else:
-        _check_legacy(file, size)
+        _check_legacy(CappedFile(file), size)
 
 
 def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
@@ -129,6 +133,8 @@ def _storages(content: object) -> Iterator[tuple[str, str, int]]:
                 yield kind, key, count
             case Persistent():
                 raise PickleError("it has a storage of another kind")
+            case Built(Name(_, name)) if name not in CALLED:  # a storage made so takes whatever size it likes
+                raise PickleError(f"it calls {quote(name)}")
             case Built(Name("torch._utils", name), arguments) if name in TENSORS:
                 _check_tensor(arguments)
 

@@ -16,8 +16,9 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_SIZE = 100_000  # of its numbers; CLIP's vocabulary is the largest, with 49,408
 MAX_LAYERS = 64  # and of the lengths of its lists
 LAYER_COUNTS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
-# What makes transformers and diffusers fetch or run code that is not their own.
-FOREIGN = re.compile("attn_implementation|use_kernel|kernel_config|auto_map|quantization")
+# What makes transformers and diffusers fetch or run code that is not their own, or read other weights.
+FOREIGN = re.compile("attn_implementation|use_kernel|kernel_config|auto_map|quantization|transformers_weights")
+UNUSED = (None, False)  # saved by some versions for what is not used
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
@@ -73,22 +74,35 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError("nested too deeply")
 
 
+def _read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    config = parse_json(read_bounded(path, MAX_CONFIG_BYTES))
+    if not isinstance(config, dict):
+        raise ValueError("it is no JSON object")
+    return config
+
+
+def check_tokenizer_config(path: str | os.PathLike[str]) -> None:
+    """Raise `OSError`, or `ValueError` for a tokenizer_config.json that is none, or names files to read elsewhere."""
+    config = _read_object(path)
+    for name in ("vocab", "merges"):
+        if isinstance(config.get(name), str):
+            raise ValueError(f"{name} of tokenizer_config.json names a file, which is not read; remove that entry")
+
+
 def read_model_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A model's config.json, for the libraries to use.
 
     Raises `OSError`, or `ValueError` for what is none, for sizes that no model here has, which would be built before
-    they are compared with the weights, and for entries that name code.
+    they are compared with the weights, and for entries that name code or other files.
     """
-    config = parse_json(read_bounded(path, MAX_CONFIG_BYTES))
-    if not isinstance(config, dict):
-        raise ValueError("it is no JSON object")
+    config = _read_object(path)
     todo: list[tuple[str, object]] = list(config.items())
     while todo:
         name, value = todo.pop()
         most = MAX_LAYERS if name in LAYER_COUNTS else MAX_SIZE
         match value:
-            case _ if FOREIGN.search(name):
-                raise ValueError(f"{ascii(name)[:80]} names code, which is not run")
+            case _ if FOREIGN.search(name) and value not in UNUSED and name != "_attn_implementation_autoset":
+                raise ValueError(f"{ascii(name)[:80]} names code or a file, which is not used")
             case int() if value > most:
                 raise ValueError(f"{ascii(name)[:80]} is {ascii(value)[:20]}; at most {most} are possible")
             case list() if len(value) > MAX_LAYERS:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torch_utils import distributed
-from torch_utils.untrusted import read_model_config
+from torch_utils.untrusted import check_tokenizer_config, read_model_config
 from training.denoisers.base import DECODER_DTYPES, PRECISIONS, Denoiser, ModelError, TextCond
 from training.denoisers.replay import Replayed
 from training.denoisers.single_file import SUFFIXES, check_single_file, clip_tokenizer, load_single_file
@@ -264,6 +264,7 @@ def load_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
     if not (folder / "tokenizer").is_dir():
         return clip_tokenizer(length)
     try:
+        check_tokenizer_config(folder / "tokenizer/tokenizer_config.json")
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:
         raise ModelError(f"the tokenizer of {folder} cannot be loaded: {_one_line(error)}") from error

@@ -25,6 +25,7 @@ MAX_BYTES = 256 << 10  # of a configuration; the longest here has 4 kB
 MAX_DEPTH = 20  # of sections and lists in each other
 REFERENCE = re.compile(r"\$\{(\w+\.\w+)\}")  # stands for another key's value
 MAX_REFERENCES = 20
+MAX_TEXT, MAX_NAME = 1000, 200  # bytes of a text, and between its slashes; file systems take 255, run folders a date
 # What PyYAML and OmegaConf raise for values that they cannot make sense of.
 UNUSABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, OverflowError, RecursionError)
 
@@ -297,6 +298,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = OmegaConf.to_object(merged)
         flatten(config)  # looks at the elements of lists, too
+        _check_lengths(path, OmegaConf.to_container(merged, resolve=True))
+    except ConfigError:
+        raise
     except UNUSABLE as error:
         raise ConfigError(f"{path}: {_describe(error)}") from error
     check_values(config)
@@ -372,6 +376,19 @@ def _check_references(origin: str, merged: DictConfig) -> None:
         for named in REFERENCE.findall(value):
             if "${" in values.get(named, ""):
                 raise ConfigError(f"{origin}: {key} refers to {named}, which refers to another key: name that one")
+
+
+def _check_lengths(path: str | Path, content: object) -> None:
+    """Raise `ConfigError` for a text that no file's name or path can have, references put in."""
+    match content:
+        case dict():
+            for value in content.values():
+                _check_lengths(path, value)
+        case list():
+            for value in content:
+                _check_lengths(path, value)
+        case str() as text if max(map(len, text.encode().split(b"/"))) > MAX_NAME or len(text.encode()) > MAX_TEXT:
+            raise ConfigError(f"{path}: {text[:80]}... is too long for the name of a file; shorten it")
 
 
 def _types() -> dict[str, str]:

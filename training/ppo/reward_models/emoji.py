@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_utils.checkpoint import CheckpointError, sha256_file
 from torch_utils.errors import UserError
-from torch_utils.untrusted import read_model_config
+from torch_utils.untrusted import check_tokenizer_config, read_model_config
 from training.ppo.reward_base import DEFAULT_BATCH_SIZE, check_inputs, cosine_scores, load_strict, read_weights
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[3] / "src" / "embedded"
@@ -69,6 +69,7 @@ class RewardEmoji:
             if wanted > 2 * sum(value.numel() for value in state.values()):  # fewer are told one by one, below
                 raise ValueError("config.json describes far more numbers than model.safetensors has")
             self.model = CLIPModel(config).float().eval().requires_grad_(False)
+            check_tokenizer_config(folder / "tokenizer_config.json")
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             pixels = read_model_config(folder / "preprocessor_config.json")
             self.mean = torch.tensor(pixels["image_mean"], device=self.device).view(3, 1, 1)
