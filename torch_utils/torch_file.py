@@ -115,10 +115,10 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def _check_legacy(file: BinaryIO, size: int) -> None:
-    magic, protocol, _, content, _ = (parse_pickle(file, DIALECT) for _ in range(5))
+    magic, protocol, *described = (parse_pickle(file, DIALECT) for _ in range(5))
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL:
         raise PickleError("it is no file of torch")
-    storages = {key: count * ITEM_BYTES[kind] for kind, key, count in _storages(content)}
+    storages = {key: count * ITEM_BYTES[kind] for kind, key, count in _storages(described)}
     if sum(storages.values()) > size:
         raise PickleError("its tensors claim more bytes than the file has")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -13,15 +14,18 @@ from PIL import Image
 
 from torch_utils.checkpoint import atomic_file
 from torch_utils.errors import UserError
+from torch_utils.untrusted import read_bounded
 
 # Formats that are plain pictures; of the others that Pillow knows, EPS is a program that Ghostscript would run.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 4096 * 4096  # 0.2 GB as float32
+MAX_BYTES = 256 << 20  # of a file; as many pixels without compression take 64 MB
 # What Pillow raises on broken, truncated or oversized files, depending on the format.
 UNREADABLE = (
     OSError,
     SyntaxError,
     EOFError,
+    IndexError,
     ValueError,
     struct.error,
     zlib.error,
@@ -83,10 +87,12 @@ def load_image(path: str | os.PathLike[str]) -> torch.Tensor:
 
     Grey and palette images are expanded; an alpha channel is dropped, not blended; EXIF rotation is not applied; of an
     animation the first frame counts. Raises `ImageError` naming the file when it is missing, broken or truncated, has
-    more than `MAX_PIXELS` or `PIL.Image.MAX_IMAGE_PIXELS` pixels, more than 8 bits per channel, or none of `FORMATS`.
+    more than `MAX_BYTES`, more than `MAX_PIXELS` or `PIL.Image.MAX_IMAGE_PIXELS` pixels, more than 8 bits per channel,
+    or is none of `FORMATS`.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        # Not from the file itself: Pillow reads as many bytes as it announces, and each read would reserve them.
+        with Image.open(io.BytesIO(read_bounded(path, MAX_BYTES)), formats=FORMATS) as image:
             if image.width * image.height > min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS):
                 raise ImageError(f"image {path} is too large: {image.width} x {image.height} pixels")
             if image.mode.startswith(("I", "F")):

@@ -44,7 +44,8 @@ FORBIDDEN = {
     *("shutil.rmtree", "shutil.move", "os.chmod", "os.chown", "os.symlink", "os.link"),
 }
 PATH_COUNTS = {"open": 1, "os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1}  # arguments
-INSTALLED = tuple(os.path.realpath(path) + os.sep for path in (ROOT, sys.prefix, sys.base_prefix))
+IMPORTED = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+INSTALLED = tuple(os.path.realpath(path) + os.sep for path in (ROOT, sys.prefix, sys.base_prefix, *IMPORTED))
 # Python's own modules that compile annotations and field names.
 COMPILERS = {typing.__file__, dataclasses.__file__, collections.__file__}
 

@@ -182,11 +182,12 @@ def state(value: bytes) -> bytes:
     return b"\x80\x02}" + mutations.text_opcode("w") + value + b"s."
 
 
-def legacy(value: bytes) -> bytes:
+def legacy(value: bytes, keys: bytes = pickle.dumps(["0"], 2)) -> bytes:
     """A file in torch's format before the archive, with 32 bytes of numbers."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     head = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, system)]
-    return b"".join([*head, state(value), pickle.dumps(["0"], 2), struct.pack("<q", 8), bytes(32)])
+    value = value.replace(b"tQ", b"NtQ")  # a storage says there of what other it is a view
+    return b"".join([*head, state(value), keys, struct.pack("<q", 8), bytes(32)])
 
 
 def call(module: str, name: str, number: int) -> bytes:
@@ -251,6 +252,9 @@ TORCH_BOMBS = {
     "an old claimed storage": lambda: legacy(tensor((1 << 29,), (1,), 1 << 29)),
     "an old tensor that grows": lambda: legacy(tensor((1 << 29,), (1,), 8)),
     "an old byte array": lambda: legacy(call("builtins", "bytearray", 1 << 31)),
+    "a storage among the old keys": lambda: legacy(
+        tensor((8,), (1,), 8), b"\x80\x02](" + call("torch.storage", "UntypedStorage", 1 << 31) + b"e."
+    ),
     "long text announced": lambda: archive(state(b"X\xff\xff\xff\xffabc")),
     "old long text announced": lambda: b"\x80\x02X\xff\xff\xff\xffabc",
 }
@@ -293,6 +297,7 @@ BOMBS = {
     "configuration": {
         "aliases of aliases": laughs,
         "references of references": doubled,
+        "a reference to nothing": lambda: b"model: {compile: '${run.nothing}'}",
         "a circle": lambda: b"run: {run_name: '${run.output_root}', output_root: '${run.run_name}'}",
         "deep": lambda: b"[" * 100_000,
         "deep in lines": lambda: b"\n".join(b" " * i + b"a:" for i in range(600)),
@@ -307,6 +312,7 @@ BOMBS = {
             2, 2, bytes(6), *[(b"zTXt", b"a\0\0" + zlib.compress(bytes(100 << 20), 9))] * 5
         ),
         "a compressed profile": lambda: png(2, 2, bytes(6), (b"iCCP", b"a\0\0" + zlib.compress(bytes(200 << 20), 9))),
+        "4 GB of pixels announced": lambda: png(8, 6, b"").partition(b"IDAT")[0][:-4] + b"\xff\xff\xff\xffIDATabc",
         "pixels without end": lambda: png(2, 2, bytes(400 << 20)),
         "a GIF of 2^32 pixels": lambda: gif(65_535, 65_535),
     },
@@ -320,6 +326,7 @@ BOMBS = {
         "a wide text encoder": lambda: part("text_encoder/config.json", hidden_size=96_000),
         "a deep text encoder": lambda: part("text_encoder/config.json", num_hidden_layers=10**7),
         "long prompts": lambda: part("tokenizer/tokenizer_config.json", model_max_length=10**9),
+        "prompts of no number": lambda: part("tokenizer/tokenizer_config.json", model_max_length=[9]),
         "prompts without end": lambda: part("tokenizer/tokenizer_config.json", model_max_length=10**30),
         "long noise": lambda: part("scheduler/scheduler_config.json", num_train_timesteps=10**10),
         "a long text": lambda: part("unet/config.json", sample_size="x" * 1000),

@@ -268,10 +268,9 @@ def load_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:
         raise ModelError(f"the tokenizer of {folder} cannot be loaded: {_one_line(error)}") from error
-    if not 2 < tokenizer.model_max_length <= length:  # prompts are padded to it
-        raise ModelError(
-            f"the tokenizer of {folder} makes {tokenizer.model_max_length} tokens, its text encoder reads {length}"
-        )
+    tokens = tokenizer.model_max_length  # whatever tokenizer_config.json says
+    if type(tokens) is not int or not 2 < tokens <= length:  # prompts are padded to it
+        raise ModelError(f"the tokenizer of {folder} makes {tokens!a:.40} tokens, its text encoder reads {length}")
     return tokenizer
 
 

@@ -285,9 +285,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     merged = OmegaConf.structured(Config)
     for origin, source in sources:
         _check_keys(origin, source)
-        if OmegaConf.select(source, "model.compile") is False:
-            OmegaConf.update(source, "model.compile", "off")  # which YAML reads as false without quotes
         try:
+            if OmegaConf.select(source, "model.compile", throw_on_resolution_failure=False) is False:
+                OmegaConf.update(source, "model.compile", "off")  # which YAML reads as false without quotes
             merged = OmegaConf.merge(merged, source)
             _check_references(origin, merged)
             OmegaConf.to_container(merged, resolve=True)
