@@ -389,3 +389,15 @@ def test_too_many_such_gradients_end_the_run(toy, tmp_path, monkeypatch):
     state = load_checkpoint(only_run(tmp_path).latest_checkpoint())
     assert state["step"] == 2 and state["skipped_updates"] == 8
     assert all(weight.isfinite().all() for weight in state["policy"].values())
+
+
+def test_a_torn_line_goes_and_every_step_is_there_once(toy, tmp_path):
+    """What a crash in the middle of a line leaves: steps after the last checkpoint, and a part of one more."""
+    run_toy(toy, "never", ["ppo.steps=3"])
+    directory = only_run(tmp_path)
+    directory.checkpoint(3).unlink()
+    whole = directory.metrics.read_text().splitlines(keepends=True)
+    directory.metrics.write_text("".join(whole) + whole[-1].replace('"step": 3', '"step": 4')[: len(whole[-1]) // 2])
+    assert run_toy(toy, str(directory.path), ["ppo.steps=5"]) == 0
+    steps = [json.loads(line)["step"] for line in directory.metrics.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
