@@ -314,7 +314,7 @@ BOMBS = {
         "a compressed profile": lambda: png(2, 2, bytes(6), (b"iCCP", b"a\0\0" + zlib.compress(bytes(200 << 20), 9))),
         "4 GB of pixels announced": lambda: png(8, 6, b"").partition(b"IDAT")[0][:-4] + b"\xff\xff\xff\xffIDATabc",
         "a short profile behind the pixels": lambda: png(2, 2, bytes(6)).replace(
-            mutations.join_png([(b"IEND", b"")])[8:], mutations.join_png([(b"iCCP", b"abc"), (b"IEND", b"")])[8:]
+            mutations.join_png([(b"IEND", b"")])[8:], mutations.join_png([(b"iCCP", b"abc\0"), (b"IEND", b"")])[8:]
         ),
         "pixels without end": lambda: png(2, 2, bytes(400 << 20)),
         "a GIF of 2^32 pixels": lambda: gif(65_535, 65_535),
