@@ -131,10 +131,14 @@ class Part:
 
 
 class Results:
-    """`<outdir>/<name>.json`, read at the start and written after measurements, at most every SAVE_EVERY seconds."""
+    """`<outdir>/<name>.json`, read at the start and written after measurements, at most every SAVE_EVERY seconds.
 
-    def __init__(self, outdir: Path, benchmark: Benchmark):
+    Of several processes that measure together one writes; the others have `writes=False`.
+    """
+
+    def __init__(self, outdir: Path, benchmark: Benchmark, writes: bool = True):
         self.path = outdir / f"{benchmark.name}.json"
+        self.writes = writes
         self.benchmark = benchmark
         self.parts: dict[str, dict] = {}
         self._saved = time.monotonic()
@@ -197,6 +201,8 @@ class Results:
             own["references"] |= part["references"]
 
     def save(self) -> None:
+        if not self.writes:
+            return
         from torch_utils.checkpoint import atomic_write_text  # needs torch, which --help does not
 
         parts = ",\n".join(f"{json.dumps(name)}: {_part_text(self.parts[name])}" for name in sorted(self.parts))

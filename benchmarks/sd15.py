@@ -79,7 +79,10 @@ def main(
     if distributed.world_size() > 1 and names != ["ranks"]:
         raise UserError(f"--parts {parts}: of these, several processes measure ranks only")
     with contextlib.ExitStack() as locks:
-        results = open_results(outdir, BENCHMARK, locks) if distributed.is_main() else Results(outdir, BENCHMARK)
+        if distributed.is_main():
+            results = open_results(outdir, BENCHMARK, locks)
+        else:
+            results = Results(outdir, BENCHMARK, writes=False)
         settings = {"precision": precision, "compile": compile_mode, "tiny": tiny, "repeats": repeats}
         if names:
             measure(results, names, settings, device, models, overwrite)
@@ -121,8 +124,7 @@ def measure(results: Results, names: list[str], settings: dict, device: str, mod
     }
     for name, part in empty.items():
         work[name](part)
-        if distributed.is_main():
-            results.save()
+        results.save()
         distributed.print0(f"{name} measured")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import encodings.cp437  # noqa: F401  imported by zipfile for the first old name that it meets, which is no call of a pickle
 import io
 import math
 import os
