@@ -261,16 +261,8 @@ def epd_sampler(
     `table` is a SolverTable of `[N-1,K]` rows, or `[B,N-1,K]` for one table per sample. One interval costs 1 + K
     evaluations in two calls, the second of B*K rows; `max_rows` splits a call that would not fit, for the same result.
     """
-    check_options("epd", {"max_rows": max_rows})
-    check_nodes("epd", sigmas, net.is_flow, afs)
-    net = _InParts(net, max_rows)
-    points = _Points.of_table(x, sigmas, cond, table)
-
-    def step(i, x, t, u):
-        d = _node_slope(net, x, t, cond, afs and i == 0)
-        return x + (u - t) * points.ensemble_slope(net, i, x, d)
-
-    return _walk(step, x, sigmas, callback)
+    steps = EPDSteps(x, sigmas, table, is_flow=net.is_flow, afs=afs, max_rows=max_rows)
+    return _walk(lambda i, x, t, u: steps.step(net, i, x, cond), x, sigmas, callback)
 
 
 def epd_slopes(net, x: Tensor, sigmas: Tensor, cond=None, *, table, max_rows: int | None = None, afs=False) -> Tensor:
@@ -279,14 +271,11 @@ def epd_slopes(net, x: Tensor, sigmas: Tensor, cond=None, *, table, max_rows: in
     `sigmas` are the two nodes of the interval and `table` has one row `[1,K]`, or `[B,1,K]`; its weights do not matter.
     What K rows of network calls hold is in memory at once: `max_rows` splits the calls, not the result.
     """
-    check_options("epd", {"max_rows": max_rows})
-    nodes = check_nodes("epd", sigmas, net.is_flow, afs)
-    if len(nodes) != 2:
-        raise SolverError(f"epd_slopes takes the two nodes of one interval, got {len(nodes)}")
-    net, x = _InParts(net, max_rows), _state(x)
-    points = _Points.of_table(x, sigmas, cond, table)
-    d = _node_slope(net, x, sigmas[0].to(x.device, torch.float64), cond, afs)
-    return points.gain[0] / points.weights[0] * points.reached_slopes(net, 0, x, d)
+    steps = EPDSteps(x, sigmas, table, is_flow=net.is_flow, afs=afs, max_rows=max_rows)
+    if len(sigmas) != 2:
+        raise SolverError(f"epd_slopes takes the two nodes of one interval, got {len(sigmas)}")
+    slopes = steps.slopes(net, 0, steps.reach(0, _state(x), steps.node_slope(net, 0, _state(x), cond)), cond)
+    return steps.points.gain[0] / steps.points.weights[0] * slopes
 
 
 def epd_ipndm_sampler(
@@ -306,18 +295,9 @@ def epd_ipndm_sampler(
     The Adams-Bashforth direction of the node slopes, not the last slope alone, leads to the intermediate points; the
     ensemble of the slopes there makes the step. `max_order` 1 is `epd_sampler`. Table, cost, `max_rows` as there.
     """
-    check_options("epd_ipndm", {"max_order": max_order, "max_rows": max_rows})
-    check_nodes("epd_ipndm", sigmas, net.is_flow, afs)
-    net = _InParts(net, max_rows)
-    points = _Points.of_table(x, sigmas, cond, table)
-    history = deque(maxlen=max_order)
-
-    def step(i, x, t, u):
-        history.appendleft(_node_slope(net, x, t, cond, afs and i == 0))
-        direction = _weighted_sum(ADAMS_BASHFORTH[len(history)], history)
-        return x + (u - t) * points.ensemble_slope(net, i, x, direction)
-
-    return _walk(step, x, sigmas, callback)
+    options = {"max_order": max_order, "max_rows": max_rows}
+    steps = EPDIpndmSteps(x, sigmas, table, is_flow=net.is_flow, afs=afs, **options)
+    return _walk(lambda i, x, t, u: steps.step(net, i, x, cond), x, sigmas, callback)
 
 
 def epd_dpmpp_sampler(
@@ -339,25 +319,9 @@ def epd_dpmpp_sampler(
     sum_k w_k (x_k - tau_k c_k d_k), takes its place in the exponential step. With `max_order` 1 and one point half way
     in log SNR this is DPM-Solver++(2S). Order 2 for points with mean 1/2. Table, cost, `max_rows` as in `epd_sampler`.
     """
-    check_options("epd_dpmpp", {"max_order": max_order, "max_rows": max_rows})
-    nodes = check_nodes("epd_dpmpp", sigmas, net.is_flow, afs)
-    net = _InParts(net, max_rows)
-    points = _Points.of_table(x, sigmas, cond, table)
-    lams = half_logsnr(torch.tensor(nodes, dtype=torch.float64), net.is_flow).tolist()
-    lam_points = half_logsnr(points.tau, net.is_flow)  # [N-1, B, K]
-    weights = []  # of each interval: order times [B, K, 1, 1, 1]
-    for lam_u, known in zip(lam_points, multistep_histories(lams, max_order, lower_order_final), strict=True):
-        weights.append(_per_point(dpmpp_weights(lam_u, known), x).unbind(2))
-    share = _per_point(points.tau / points.t, x)
-    data = deque(maxlen=max_order)
-
-    def step(i, x, t, u):
-        data.appendleft(x - t * _node_slope(net, x, t, cond, afs and i == 0))
-        predicted = _weighted_sum(weights[i], [part[:, None] for part in data])
-        x_k = share[i] * x[:, None] + (1 - share[i]) * predicted
-        return u / t * x + (1 - u / t) * points.ensemble_data(net, i, x_k)
-
-    return _walk(step, x, sigmas, callback)
+    options = {"max_order": max_order, "lower_order_final": lower_order_final, "max_rows": max_rows}
+    steps = EPDDpmppSteps(x, sigmas, table, is_flow=net.is_flow, afs=afs, **options)
+    return _walk(lambda i, x, t, u: steps.step(net, i, x, cond), x, sigmas, callback)
 
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {
@@ -400,7 +364,12 @@ def _state(x: Tensor) -> Tensor:
 
 def _node_slope(net, x: Tensor, t: Tensor, cond, analytical: bool) -> Tensor:
     """The slope at a node; `analytical` (AFS) takes the data as white noise of variance 1 instead of asking the net."""
-    return x / (1 + t**2).sqrt() if analytical else net.slope(x, t, cond)
+    return analytical_slope(x, t) if analytical else net.slope(x, t, cond)
+
+
+def analytical_slope(x: Tensor, t: Tensor) -> Tensor:
+    """The slope at (x, t) of data that is white noise of variance 1 (AFS; GENIE, arXiv 2210.05475, Sec. 3)."""
+    return x / (1 + t**2).sqrt()
 
 
 def _multistep(
@@ -455,10 +424,9 @@ class _Points:
     gain: Tensor  # w_k c_k a_k
     gain_tau: Tensor  # w_k c_k a_k tau_k
     weights: Tensor  # w_k
-    cond: object  # B*K rows, or None
 
     @classmethod
-    def of_table(cls, x: Tensor, sigmas: Tensor, cond, table) -> _Points:
+    def of_table(cls, x: Tensor, sigmas: Tensor, table) -> _Points:
         batch, shape = len(x), tuple(table.positions.shape)
         if shape[:-1] not in ((len(sigmas) - 1,), (batch, len(sigmas) - 1)):
             raise SolverError(
@@ -480,21 +448,115 @@ class _Points:
             gain=_per_point(w * c * a, x),
             gain_tau=_per_point(w * c * a * tau, x),
             weights=_per_point(w, x),
-            cond=None if cond is None else cond.repeat_interleave(shape[-1]),
         )
 
-    def ensemble_slope(self, net, i: int, x: Tensor, d: Tensor) -> Tensor:
-        """sum_k w_k c_k d_k `[B,C,H,W]` of interval i, its points x_k = x + (tau_k - t) d reached along `d`."""
-        return (self.gain[i] * self.reached_slopes(net, i, x, d)).sum(1)
 
-    def reached_slopes(self, net, i: int, x: Tensor, d: Tensor) -> Tensor:
-        """slope(x_k, a_k tau_k) `[B,K,C,H,W]` of interval i, its points x_k reached along `d`."""
-        return self._slopes(net, i, x[:, None] + self.reach[i] * d[:, None])
+class EPDSteps:
+    """The intervals of `epd_sampler` one by one, for callers with a loop, or with network calls, of their own.
 
-    def ensemble_data(self, net, i: int, x_k: Tensor) -> Tensor:
-        """sum_k w_k (x_k - tau_k c_k d_k) `[B,C,H,W]` of interval i at the points `x_k [B,K,C,H,W]`."""
-        return (self.weights[i] * x_k - self.gain_tau[i] * self._slopes(net, i, x_k)).sum(1)
+    Made for states of the shape, device and dtype of `x [B,C,H,W]`; nodes, table, options and errors as there. `step`
+    is an interval at once. Its parts, from x at node i: `d = node_slope(...)`, the points `x_k = reach(i, x, d)`, the
+    `slopes` there, at noise levels `points.times[i]`, and `arrive(i, x, x_k, slopes)`, the state at node i + 1. The
+    subclasses remember what `reach` was given: it is called once for each interval, the first one first.
+    """
 
-    def _slopes(self, net, i: int, x_k: Tensor) -> Tensor:
-        """slope(x_k, a_k tau_k) `[B,K,C,H,W]`."""
-        return net.slope(x_k.flatten(0, 1), self.times[i], self.cond).unflatten(0, x_k.shape[:2])
+    solver = "epd"
+
+    def __init__(self, x: Tensor, sigmas: Tensor, table, *, is_flow=False, afs=False, max_rows: int | None = None):
+        check_options(self.solver, {"max_rows": max_rows})
+        check_nodes(self.solver, sigmas, is_flow, afs)
+        self.nodes = sigmas.to(x.device, torch.float64).unbind()
+        self.points = _Points.of_table(x, sigmas, table)
+        self.afs, self.max_rows = afs, max_rows
+
+    def step(self, net, i: int, x: Tensor, cond=None) -> Tensor:
+        """`x` at node i => the state at node i + 1."""
+        x = _state(x)
+        x_k = self.reach(i, x, self.node_slope(net, i, x, cond))
+        return self.arrive(i, x, x_k, self.slopes(net, i, x_k, cond))
+
+    def node_slope(self, net, i: int, x: Tensor, cond=None) -> Tensor:
+        """The slope `[B,C,H,W]` at node i, asked of `net` unless AFS saves the first one."""
+        return _node_slope(_InParts(net, self.max_rows), x, self.nodes[i], cond, self.afs and i == 0)
+
+    def reach(self, i: int, x: Tensor, d: Tensor) -> Tensor:
+        """The points x_k = x + (tau_k - t) d `[B,K,C,H,W]` of interval i; `d` is the slope at its node."""
+        return x[:, None] + self.points.reach[i] * d[:, None]
+
+    def slopes(self, net, i: int, x_k: Tensor, cond=None) -> Tensor:
+        """slope(x_k, a_k tau_k) `[B,K,C,H,W]`, in one call of B*K rows."""
+        cond = None if cond is None else cond.repeat_interleave(x_k.shape[1])
+        rows = _InParts(net, self.max_rows).slope(x_k.flatten(0, 1), self.points.times[i], cond)
+        return rows.unflatten(0, x_k.shape[:2])
+
+    def arrive(self, i: int, x: Tensor, x_k: Tensor, slopes: Tensor) -> Tensor:
+        """The state at node i + 1: x + (u - t) sum_k w_k c_k d_k."""
+        return x + (self.nodes[i + 1] - self.nodes[i]) * (self.points.gain[i] * slopes).sum(1)
+
+
+class EPDIpndmSteps(EPDSteps):
+    """The intervals of `epd_ipndm_sampler`; see EPDSteps."""
+
+    solver = "epd_ipndm"
+
+    def __init__(
+        self,
+        x: Tensor,
+        sigmas: Tensor,
+        table,
+        *,
+        max_order: int = 2,
+        is_flow=False,
+        afs=False,
+        max_rows: int | None = None,
+    ):
+        check_options(self.solver, {"max_order": max_order})
+        super().__init__(x, sigmas, table, is_flow=is_flow, afs=afs, max_rows=max_rows)
+        self.history = deque(maxlen=max_order)
+
+    def reach(self, i: int, x: Tensor, d: Tensor) -> Tensor:
+        self.history.appendleft(d)
+        return super().reach(i, x, _weighted_sum(ADAMS_BASHFORTH[len(self.history)], self.history))
+
+
+class EPDDpmppSteps(EPDSteps):
+    """The intervals of `epd_dpmpp_sampler`; see EPDSteps."""
+
+    solver = "epd_dpmpp"
+
+    def __init__(
+        self,
+        x: Tensor,
+        sigmas: Tensor,
+        table,
+        *,
+        max_order: int = 2,
+        lower_order_final: bool = True,
+        is_flow=False,
+        afs=False,
+        max_rows: int | None = None,
+    ):
+        check_options(self.solver, {"max_order": max_order})
+        super().__init__(x, sigmas, table, is_flow=is_flow, afs=afs, max_rows=max_rows)
+        lams = half_logsnr(sigmas.to("cpu", torch.float64), is_flow).tolist()
+        lam_points = half_logsnr(self.points.tau, is_flow)  # [N-1, B, K]
+        self.weights = []  # of each interval: order times [B, K, 1, 1, 1]
+        for lam_u, known in zip(lam_points, multistep_histories(lams, max_order, lower_order_final), strict=True):
+            self.weights.append(_per_point(dpmpp_weights(lam_u, known), x).unbind(2))
+        self.share = _per_point(self.points.tau / self.points.t, x)
+        self.data = deque(maxlen=max_order)
+
+    def reach(self, i: int, x: Tensor, d: Tensor) -> Tensor:
+        self.data.appendleft(x - self.nodes[i] * d)
+        predicted = _weighted_sum(self.weights[i], [part[:, None] for part in self.data])
+        return self.share[i] * x[:, None] + (1 - self.share[i]) * predicted
+
+    def arrive(self, i: int, x: Tensor, x_k: Tensor, slopes: Tensor) -> Tensor:
+        """u/t x + (1 - u/t) sum_k w_k (x_k - tau_k c_k d_k)."""
+        share = self.nodes[i + 1] / self.nodes[i]
+        data = (self.points.weights[i] * x_k - self.points.gain_tau[i] * slopes).sum(1)
+        return share * x + (1 - share) * data
+
+
+# By the solver's name in SOLVERS.
+TABLE_STEPS: dict[str, type[EPDSteps]] = {steps.solver: steps for steps in (EPDSteps, EPDIpndmSteps, EPDDpmppSteps)}

@@ -24,6 +24,8 @@ LAYER_OF = (
     ("training.ppo.scripts.*", "entry points"),
     ("training.generate", "loops"),
     ("training.embedded*", "loops"),
+    ("training.diffusers_plugin*", "loops"),
+    ("training.table_hub", "loops"),
     ("training.ppo.launch", "loops"),
     ("training.ppo.ppo_trainer", "loops"),
     ("training.ppo.learner", "loops"),
