@@ -41,10 +41,10 @@ from training.denoisers import (
 from training.images import image_grid, quantize, save_png
 from training.manifest import GRID, Manifest, image_name
 from training.table import SolverTable
+from training.table_facts import TABLE_SOLVERS, time_shift
 
 Sampler = Callable[[Denoiser, Tensor, Tensor, TextCond], Tensor]
 GRID_IMAGES = 64
-TABLE_SOLVERS = {"epd": "epd", "ipndm": "epd_ipndm", "dpmpp": "epd_dpmpp"}  # a table's sampler_stu -> key of SOLVERS
 EXPLICIT = "explicit"  # the schedule type of nodes given one by one
 SIGMA_MAX_MARGIN = 1.001  # how far beyond the model's sigma_max a rounded first node may lie
 
@@ -54,7 +54,7 @@ def table_schedule(made_for: SolverTable | SamplingPlan, net: Denoiser) -> Tenso
     sigma_min = net.sigma_min if made_for.sigma_min is None else made_for.sigma_min
     sigma_max = net.sigma_max if made_for.sigma_max is None else made_for.sigma_max
     schedule = made_for.schedule_type, made_for.schedule_rho
-    shift, mu = _time_shift(made_for)
+    shift, mu = time_shift(made_for)
     _check_first(sigma_max, net)
     return get_schedule(made_for.num_steps, sigma_min, sigma_max, net.device, *schedule, net, shift=shift, mu=mu)
 
@@ -65,15 +65,6 @@ def _check_first(sigma: float, net: Denoiser) -> None:
         raise SolverError(
             f"the schedule begins at sigma {sigma:g}, beyond the model's noise levels, which end at {net.sigma_max:g}"
         )
-
-
-def _time_shift(made_for: SolverTable | SamplingPlan) -> tuple[float | None, float | None]:
-    """(shift, mu) of schedule flowmatch, at most one of them. A table that names both, as the published FLUX ones do,
-    means mu: their scheduler shifts dynamically. Other schedule types have neither, whatever a table says."""
-    if made_for.schedule_type != "flowmatch":
-        return None, None
-    mu = made_for.flowmatch_mu
-    return made_for.flowmatch_shift if mu is None else None, mu
 
 
 @torch.no_grad()
@@ -122,7 +113,7 @@ class SamplingPlan:
         """Sampling with an EPD table, by its solver and under the conditions that it was made for."""
         solver = TABLE_SOLVERS[table.sampler_stu]
         named = {name: value for name, value in table.metadata().items() if name in SOLVER_OPTIONS[solver]}
-        shift, mu = _time_shift(table)
+        shift, mu = time_shift(table)
         return cls(
             solver=solver,
             options={name: value for name, value in named.items() if value is not None},

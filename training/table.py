@@ -1,6 +1,14 @@
-"""Solver tables on disk. `SolverTable` and `TableError` are part of this module's interface."""
+"""Solver tables on disk; as a program, `training.table_command`.
+
+`SolverTable` and `TableError` are part of this module's interface.
+"""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # `python -m training.table`: at once, and as a module of its own that may import this one
+    import runpy
+
+    runpy.run_module("training.table_command", run_name="__main__")
 
 import json
 import os

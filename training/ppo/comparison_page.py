@@ -46,11 +46,7 @@ def to_html(comparison: dict[str, Any], records: Sequence[dict[str, Any]]) -> st
     others = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
     parts = [
         f"<h1>{html.escape(reference)}{others}: {comparison['count']} images</h1>",
-        _scores_table(comparison),
-        _gaps_table(comparison) if len(folders) > 1 else "",
-        f'<p class="note">Mean and 95 % interval (Student\'s t). Differences are paired by seed and prompt; the share '
-        f"in brackets is of images on which {html.escape(reference)} scores higher. Coloured where the interval "
-        "leaves out zero.</p>",
+        scores_tables(comparison),
     ]
     for metric in comparison["metrics"]:
         parts.append(f"<h2>{html.escape(metric)}</h2>")
@@ -66,6 +62,18 @@ def to_html(comparison: dict[str, Any], records: Sequence[dict[str, Any]]) -> st
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{STYLE}\n</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )
+
+
+def scores_tables(comparison: dict[str, Any]) -> str:
+    """The means of a `compare` with a reference, and the reference's differences, as HTML with STYLE's classes."""
+    parts = [
+        _scores_table(comparison),
+        _gaps_table(comparison) if len(comparison["rows"]) > 1 else "",
+        '<p class="note">Mean and 95 % interval (Student\'s t). Differences are paired by seed and prompt; the share '
+        f"in brackets is of images on which {html.escape(comparison['reference'])} scores higher. Coloured where the "
+        "interval leaves out zero.</p>",
+    ]
+    return "\n".join(parts)
 
 
 def _scores_table(comparison: dict[str, Any]) -> str:
@@ -131,7 +139,7 @@ def _figure(pair: tuple[float, dict[str, Any], dict[str, Any]], reference: str, 
     gap, *rows = pair
     sides = ""
     for row, name in zip(rows, (reference, label), strict=True):
-        data, size = _embedded(row["path"])
+        data, size = embedded_picture(row["path"], LONGEST_SIDE)
         small = ' class="small"' if size < LONGEST_SIDE / 2 else ""
         text = f"{html.escape(name)}<br>{row['score']:.4f}"
         sides += f'<div{small}><img alt="{html.escape(name)}, seed {row["seed"]}" src="{data}">{text}</div>'
@@ -141,16 +149,17 @@ def _figure(pair: tuple[float, dict[str, Any], dict[str, Any]], reference: str, 
     return f'<figure><div class="pictures">{sides}</div><figcaption>{caption}</figcaption></figure>'
 
 
-def _embedded(path: Path) -> tuple[str, int]:
-    """A picture as a data address, shrunk to LONGEST_SIDE, and its longest side."""
+def embedded_picture(path: Path, longest: int) -> tuple[str, int]:
+    """A picture as a data address, shrunk to `longest` pixels, and its longest side. Raises `ImageError`."""
     from PIL import Image
 
-    with Image.open(path) as file:
-        picture = file.convert("RGB")
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    from training.images import load_image, to_uint8
+
+    picture = Image.fromarray(to_uint8(load_image(path)[None])[0].numpy())
+    picture.thumbnail((longest, longest))
     buffer = io.BytesIO()
     # Photographs as JPEG, small pictures without loss.
-    kind = "PNG" if max(picture.size) < LONGEST_SIDE / 2 else "JPEG"
+    kind = "PNG" if max(picture.size) < longest / 2 else "JPEG"
     picture.save(buffer, kind, quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f"data:image/{kind.lower()};base64,{data}", max(picture.size)

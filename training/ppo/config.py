@@ -6,6 +6,7 @@ Only click and omegaconf are needed here, so that `--help` and `--dry-run` answe
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import io
 import math
 import re
@@ -175,6 +176,7 @@ class LoggingConfig:
     log_interval: int = 1  # steps between plain progress lines and TensorBoard points; metrics.jsonl has every step
     save_interval: int = 10  # steps between checkpoints
     tensorboard: bool = True
+    wandb: bool = False  # the same curves and pictures to Weights & Biases; needs the package wandb
 
 
 @dataclass
@@ -578,6 +580,17 @@ def check_names(config: Config) -> None:
         raise ConfigError(
             f"reward.enable_amp is for {', '.join(PUBLISHED_REWARDS)} only; {', '.join(trained)} is computed in float32"
         )
+
+
+def check_packages(config: Config) -> None:
+    """Raise `ConfigError` for an optional package that the configuration asks for and that is not installed."""
+    if config.logging.wandb:
+        try:
+            importlib.metadata.version("wandb")
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ConfigError(
+                "logging.wandb=true needs the package wandb: pip install '.[wandb]', or set it to false"
+            ) from error
 
 
 def check_files(config: Config) -> None:

@@ -147,9 +147,10 @@ class Checkup:
 
     def check_names(self) -> Iterator[Finding]:
         from training.denoisers import check_model_schedule
-        from training.ppo.config import check_names
+        from training.ppo.config import check_names, check_packages
 
         check_names(self.config)
+        check_packages(self.config)
         check_model_schedule(self.config.model.dataset_name, self.config.model.schedule_type)
         yield Finding(OK, "names", f"model {self.config.model.dataset_name}, reward {self.config.reward.type}")
 

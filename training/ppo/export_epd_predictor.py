@@ -11,7 +11,9 @@ import click
 from torch_utils.errors import user_errors
 
 if TYPE_CHECKING:
+    from training.ppo.config import Config
     from training.ppo.run_dir import RunDirectory
+    from training.solver_table import SolverTable
 
 
 def export_predictor(run_dir: Path, checkpoint: Path | None = None) -> Path:
@@ -21,17 +23,38 @@ def export_predictor(run_dir: Path, checkpoint: Path | None = None) -> Path:
     with `.safetensors` (every bit), and `training_options.json`. `checkpoint` is a path, or one relative to `run_dir`;
     None takes `policy-best.pt`, else the latest. Raises `RunError`, `CheckpointError` or `TableError`.
     """
-    from dataclasses import replace
-
     from torch_utils.checkpoint import atomic_write_text
     from training.ppo.config import flatten
-    from training.ppo.policy import create_policy
-    from training.ppo.run_dir import RunDirectory, restore_policy
+    from training.ppo.run_dir import RunDirectory
     from training.table import save_table
 
     directory = RunDirectory(run_dir)
     config, start = directory.read()
     path = find_checkpoint(directory, checkpoint)
+    step, table = checkpoint_table(config, start, path)
+    snapshot = directory.export / f"network-snapshot-export-step{step:06d}.pkl"
+    save_table(table, snapshot)  # first: it can refuse scales that its format does not hold
+    save_table(table, snapshot.with_suffix(".safetensors"))
+    options = {
+        "snapshot": snapshot.name,
+        "table_sha256": table.sha256(),
+        "start_table_sha256": start.sha256(),
+        "checkpoint": path.name,
+        "step": step,
+        "config": flatten(config),
+        **table.to_dict(),
+    }
+    atomic_write_text(directory.export / "training_options.json", json.dumps(options, indent=2, allow_nan=False) + "\n")
+    return snapshot
+
+
+def checkpoint_table(config: Config, start: SolverTable, path: Path) -> tuple[int, SolverTable]:
+    """The step of the checkpoint `path` of a run from `start`, and its mean table. Raises `CheckpointError`."""
+    from dataclasses import replace
+
+    from training.ppo.policy import create_policy
+    from training.ppo.run_dir import restore_policy
+
     policy = create_policy(config, start)
     state = restore_policy(policy, path)
     table = policy.mean_table()
@@ -40,20 +63,7 @@ def export_predictor(run_dir: Path, checkpoint: Path | None = None) -> Path:
         table = replace(table, scale_dir_range=0.0)
     if config.ppo.train_scale_time:
         table = replace(table, scale_time_range=0.0)
-    snapshot = directory.export / f"network-snapshot-export-step{state['step']:06d}.pkl"
-    save_table(table, snapshot)  # first: it can refuse scales that its format does not hold
-    save_table(table, snapshot.with_suffix(".safetensors"))
-    options = {
-        "snapshot": snapshot.name,
-        "table_sha256": table.sha256(),
-        "start_table_sha256": start.sha256(),
-        "checkpoint": path.name,
-        "step": state["step"],
-        "config": flatten(config),
-        **table.to_dict(),
-    }
-    atomic_write_text(directory.export / "training_options.json", json.dumps(options, indent=2, allow_nan=False) + "\n")
-    return snapshot
+    return state["step"], table
 
 
 def find_checkpoint(directory: RunDirectory, checkpoint: Path | None) -> Path:

@@ -16,6 +16,7 @@ from training.ppo.config import (
     ConfigError,
     check_files,
     check_names,
+    check_packages,
     check_world_size,
     load_config,
     to_yaml,
@@ -160,6 +161,7 @@ def main(config_path: Path | None, overrides: tuple[str, ...], resume: str, devi
         # The run's own copy: the file that it was copied from may be gone.
         config.data.predictor_snapshot = str(Path(resume) / START_IN_RUN)
     check_names(config)
+    check_packages(config)
     check_files(config)
     if dry_run:
         click.echo(to_yaml(config), nl=False)

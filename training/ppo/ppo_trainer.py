@@ -17,6 +17,7 @@ from training.ppo.config import Config, flatten
 from training.ppo.evaluation import MeanTableEvaluator
 from training.ppo.guard import HackingGuard
 from training.ppo.interrupt import StopRequest
+from training.ppo.intervals import summarize
 from training.ppo.learner import Learner
 from training.ppo.losses import group_std
 from training.ppo.pathwise import Pathwise
@@ -27,6 +28,19 @@ from training.ppo.rl_runner import EPDRolloutRunner, Rollout, first_broken
 from training.ppo.run_dir import RunDirectory, check_config, config_sha256, restore_policy
 
 STOP_AFTER = 2  # diverging evaluations in a row, where evaluation.on_divergence is stop
+
+
+def mean_and_interval(name: str, scores: torch.Tensor, group_ids: torch.Tensor | None = None) -> dict[str, float]:
+    """`<name>_mean` of `scores` `[M]`, and `<name>_ci95_low` and `_high`, the 95 % interval of that mean.
+
+    What belongs to one group of `group_ids` `[M]` is no independent evidence: the interval is over the means of the
+    groups, of equal size. One group, or one score without groups, gives no interval.
+    """
+    found = {f"{name}_mean": scores.mean().item()}
+    if group_ids is not None:
+        scores = torch.stack([scores[group_ids == group].mean() for group in group_ids.unique()])
+    interval = summarize(scores.tolist())["ci95"]
+    return found if interval is None else found | {f"{name}_ci95_low": interval[0], f"{name}_ci95_high": interval[1]}
 
 
 def create_learner(config: Config, policy: EPDParamPolicy) -> Learner:
@@ -80,8 +94,7 @@ class PPOTrainer:
             with contextlib.ExitStack() as opened:
                 reporter = None
                 if distributed.is_main():
-                    steps = self.config.ppo.steps
-                    reporter = Reporter(self.directory, self.config.logging, steps, self.step, self.evaluation_steps)
+                    reporter = Reporter(self.directory, self.config, self.step, self.evaluation_steps)
                     opened.callback(reporter.close)
                 return self._train(reporter, stop)
         except torch.OutOfMemoryError as error:
@@ -181,7 +194,7 @@ class PPOTrainer:
     def _describe(self, rollout: Rollout) -> dict[str, float]:
         rewards = rollout.rewards
         return {
-            "reward_mean": rewards.mean().item(),
+            **mean_and_interval("reward", rewards, rollout.draw.group_ids),
             "reward_std": rewards.std(correction=0).item(),
             "reward_min": rewards.amin().item(),
             "reward_max": rewards.amax().item(),
@@ -216,7 +229,8 @@ class PPOTrainer:
             "prompts": int(finite.sum()),
         }
         if finite.any():
-            record |= {f"{name}_mean": scores[finite].mean().item() for name, scores in evaluation.scores.items()}
+            for name, scores in evaluation.scores.items():
+                record |= mean_and_interval(name, scores[finite])
         if verdict is not None:
             record["diverging"] = verdict.diverging
         record["seconds"] = time.perf_counter() - started

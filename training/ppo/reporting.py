@@ -1,9 +1,8 @@
-"""What a run shows and writes down while it goes: metric lines, TensorBoard, progress, picture grids."""
+"""What a run shows and writes down while it goes: metric lines, boards, progress, picture grids."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -15,8 +14,9 @@ from tqdm import tqdm
 
 from torch_utils.checkpoint import atomic_write_text
 from torch_utils.untrusted import no_link, parse_json
-from training.images import image_grid, save_png
-from training.ppo.config import LoggingConfig
+from training.images import save_png
+from training.ppo.boards import create_boards, sample_grid
+from training.ppo.config import Config
 from training.ppo.run_dir import RunDirectory
 
 
@@ -44,51 +44,46 @@ def drop_lines_after(path: Path, step: int) -> None:
 class Reporter:
     """The log files and the progress display of one run; only rank 0 has one."""
 
-    def __init__(
-        self, directory: RunDirectory, logging: LoggingConfig, steps: int, step: int, evaluation_steps: Collection[int]
-    ):
+    def __init__(self, directory: RunDirectory, config: Config, step: int, evaluation_steps: Collection[int]):
         """`step` is the last finished one: what the logs hold beyond it is dropped."""
         self.directory = directory
-        self.log_interval = logging.log_interval
+        self.log_interval = config.logging.log_interval
         for path in (directory.metrics, directory.evaluations):
             drop_lines_after(path, step)
-        self.board = None
-        if logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(directory.tensorboard, purge_step=step + 1)
-        self.progress = Progress(steps, step, evaluation_steps)
+        self.boards = create_boards(directory, config, step)
+        self.progress = Progress(config.ppo.steps, step, evaluation_steps)
 
     def log_step(self, metrics: dict[str, Any]) -> None:
-        """Write the line of a step; every `log_interval` steps also to TensorBoard and to the terminal."""
+        """Write the line of a step; every `log_interval` steps also to the boards and to the terminal."""
         append_line(self.directory.metrics, metrics)
         self.progress.seconds["step"].append(metrics["seconds_step"])
         if metrics["step"] % self.log_interval == 0:
-            self._to_board("train", metrics)
+            self._to_boards("train", metrics)
             self.progress.show(metrics)
 
     def log_evaluation(self, record: dict[str, Any], images: torch.Tensor) -> None:
         """Write an evaluation and, unless `images` `[M, 3, H, W]` is empty, the grid of its pictures."""
         append_line(self.directory.evaluations, record)
         self.progress.seconds["evaluation"].append(record["seconds"])
-        self._to_board("evaluation", record)
+        self._to_boards("evaluation", record)
         if len(images):
-            grid = image_grid(images, columns=math.isqrt(len(images) - 1) + 1)
+            grid = sample_grid(images)
             save_png(grid, self.directory.sample_grid(record["step"]))
+            for board in self.boards:
+                board.add_picture("evaluation/samples", grid, record["step"])
         means = ", ".join(f"{key.removesuffix('_mean')} {value:.4f}" for key, value in record.items() if "_mean" in key)
         self.progress.message(f"step {record['step']}: mean table on {record['prompts']} held-out prompts: {means}")
 
-    def _to_board(self, group: str, record: dict[str, Any]) -> None:
-        if self.board is not None:
-            for key, value in record.items():
-                if key != "step":
-                    self.board.add_scalar(f"{group}/{key}", value, record["step"])
+    def _to_boards(self, group: str, record: dict[str, Any]) -> None:
+        values = {f"{group}/{key}": value for key, value in record.items() if key != "step"}
+        for board in self.boards:
+            board.add_values(values, record["step"])
 
     def close(self) -> None:
         """Flush and close what is open."""
         self.progress.close()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
 
 
 class Progress:
