@@ -7,7 +7,6 @@ import hashlib
 import http.client
 import os
 import queue
-import sys
 import threading
 import urllib.error
 import urllib.parse
@@ -17,11 +16,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from tqdm import tqdm
-
 from torch_utils.checkpoint import CHUNK_BYTES, atomic_file, sha256_file
 from torch_utils.errors import UserError
 from torch_utils.options import CACHE_VARIABLE
+from torch_utils.progress import Progress
 
 # Seconds without a byte before a server counts as unreachable, and seconds for its first answer altogether:
 # a missing file has to be reported within five.
@@ -96,8 +94,8 @@ def download(
     """Fetch `url` to `path`, which appears only when every announced byte has come and `size` and `sha256` agree.
 
     What came of a download that broke off stays in `.<name>.part` and is gone on with, if the server still has the same
-    content by its ETag. Another process that fetches the same file is waited for, and its file taken. Shows a bar on
-    stderr after two seconds. Raises `DownloadError`, one line with the address and the reason.
+    content by its ETag. Another process that fetches the same file is waited for, and its file taken. Shows on
+    stderr how far it is. Raises `DownloadError`, one line with the address and the reason.
     """
     path = Path(path)
     before = _identity(path)
@@ -138,13 +136,13 @@ def _fetch(url: str, path: Path, size: int | None, sha256: str | None, timeout: 
         announced = response.headers.get("Content-Length")
         expected = size if announced is None else had + int(announced)
         tag.unlink(missing_ok=True)
-        bar = tqdm(total=expected, initial=had, unit="B", unit_scale=True, delay=2, desc=path.name, file=sys.stderr)
-        with bar, open(part, "ab" if had else "wb") as file:
+        progress = Progress(f"fetching {path.name}", expected, "B", done=had)
+        with progress, open(part, "ab" if had else "wb") as file:
             if etag := response.headers.get("ETag"):
                 tag.write_text(etag, encoding="utf-8")
             while chunk := response.read(CHUNK_BYTES):
                 file.write(chunk)
-                bar.update(len(chunk))
+                progress.advance(len(chunk))
             received = file.tell()
     if expected is not None and received < expected:
         raise DownloadError(f"{url} broke off after {received} of {expected} bytes; try again")

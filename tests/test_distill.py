@@ -341,17 +341,6 @@ def test_progress_counts_every_row(teacher, afs):
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
 
-def test_display_is_silent_for_short_work_and_plain_lines_for_long(monkeypatch, capsys):
-    clock = iter([0.0, 1.0, 4.0, 5.0, 20.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    display = distillation.ProgressDisplay()
-    for done in (10, 40, 50, 75):
-        display(done, 100)
-    display.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["40 of 100 network rows, 00:06 left", "75 of 100 network rows, 00:06 left"]
-
-
 @pytest.mark.parametrize("teacher", ["epd", "epd_ipndm", "magic"])
 def test_other_teachers_are_refused_before_the_first_call(teacher):
     net = Mixture()

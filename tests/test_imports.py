@@ -25,6 +25,7 @@ LAYER_OF = (
     ("training.generate", "loops"),
     ("training.embedded*", "loops"),
     ("training.diffusers_plugin*", "loops"),
+    ("training.commands*", "loops"),
     ("training.table_hub", "loops"),
     ("training.ppo.launch", "loops"),
     ("training.ppo.ppo_trainer", "loops"),

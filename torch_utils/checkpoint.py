@@ -15,19 +15,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torch_utils.errors import UserError
 from torch_utils.pickle_parser import PickleError
+from torch_utils.progress import Progress
 from torch_utils.torch_file import check_torch_file
 from torch_utils.untrusted import no_link, read_bounded
 
 CHUNK_BYTES = 1 << 20
 MAX_BYTES = 16 << 30  # of a checkpoint of ours, which is read at once; those of solver tables take some kilobytes
-# With others, of 8 bits and less, torch has no arithmetic.
+# Names of tensors' types. With others, of 8 bits and less, torch has no arithmetic.
 WEIGHT_TYPES = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
+    *("torch.int64", "torch.int32", "torch.int16", "torch.int8", "torch.uint8", "torch.bool"),
 )
 LOCK = ".lock"
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")  # what `atomic_file` writes to
@@ -82,9 +81,10 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes as 64 lower-case hex digits, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, Progress(f"hashing {Path(path).name}", os.path.getsize(path), "B") as progress:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            progress.advance(len(chunk))
     return digest.hexdigest()
 
 
@@ -103,6 +103,8 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
     Raises `CheckpointError` when `load_checkpoint` could not read the state back, `OSError` when it cannot be written;
     `path` then stays as it was.
     """
+    import torch  # only here and in `_load`: it takes seconds, and commands that answer at once use this module, too
+
     path = Path(path)
     buffer = io.BytesIO()  # torch.save to a file tells a full disk from other trouble by its message only
     try:
@@ -172,6 +174,8 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
 
 def _load(source: str | os.PathLike[str] | io.BytesIO, name: str, kind: str) -> dict[str, Any]:
+    import torch
+
     try:
         with source if isinstance(source, io.BytesIO) else open(source, "rb") as file:
             check_torch_file(file)

@@ -19,7 +19,7 @@ import click
 from dnnlib.util import ANSWER_SECONDS, TIMEOUT, DownloadError, cache_dir, download, within
 from torch_utils.checkpoint import atomic_write_text, sha256_file
 from torch_utils.errors import user_errors
-from torch_utils.options import CACHE_VARIABLE, cache_dir_option
+from torch_utils.options import CACHE_VARIABLE, cache_dir_option, command
 
 PROJECT = Path(__file__).resolve().parents[1]
 # owner/name of a model on the Hugging Face hub, with @ and a branch, tag or commit, or without.
@@ -429,6 +429,9 @@ def _fetch(asset: Asset, file: KnownFile, folder: Path) -> None:
         # Asked first because this call gives up at once, where the download itself retries for half a minute.
         url = hf_hub_url(asset.repo, file.name, revision=asset.revision)
         within(ANSWER_SECONDS, lambda: get_hf_file_metadata(url, timeout=TIMEOUT))
+        # The hub's client shows a bar on a terminal and nothing elsewhere.
+        size = f" ({file.size / 1e9:.2f} GB)" if file.size is not None else ""
+        click.echo(f"fetching {file.name}{size} from {asset.repo}", err=True)
         hf_hub_download(asset.repo, file.name, revision=asset.revision, local_dir=folder)
     except Exception as error:
         # The HTTP library beneath huggingface_hub, and with it the exceptions, changes from version to version.
@@ -436,7 +439,7 @@ def _fetch(asset: Asset, file: KnownFile, folder: Path) -> None:
         raise DownloadError(f"cannot fetch {file.name}: {reason}") from error
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command({"Machine": ("cache_dir",)})
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 @cache_dir_option
 @user_errors
@@ -448,6 +451,11 @@ def main(keys: tuple[str, ...]) -> None:
     prompts        the MS-COCO captions that training uses
     owner/name     a Stable Diffusion 1.x of the Hugging Face hub
     Any other      an unknown key lists all
+
+    Example (installed: epd-fetch):
+
+    \b
+    python -m torch_utils.download_util ms_coco prompts hps_v2.1
     """
     for key in keys:
         find_asset(key)

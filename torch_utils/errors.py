@@ -30,7 +30,8 @@ class UserErrorExit(click.ClickException):
 def user_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Decorator for the body of a click command (innermost): a `UserError` ends it without a traceback, exit code 2.
 
-    So do a disk that refuses, and text that the locale's encoding does not have, wherever they come up.
+    So do a disk that refuses, and text that the locale's encoding does not have, wherever they come up. Ctrl-C ends it
+    with exit code 130.
     """
 
     @functools.wraps(command)
@@ -40,6 +41,9 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
         except UserError as error:
             line = " ".join(str(error).split())  # which may quote a file, with codes that a terminal would obey
             raise UserErrorExit("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)) from error
+        except KeyboardInterrupt as error:
+            click.echo("Interrupted", err=True)
+            raise click.exceptions.Exit(130) from error
         except UnicodeEncodeError as error:
             text = ascii(error.object)[:200]
             raise UserErrorExit(

@@ -10,18 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from tqdm import tqdm
 
 from torch_utils.errors import UserError, user_errors
-from torch_utils.options import cache_dir_option
+from torch_utils.options import cache_dir_option, command
+from torch_utils.progress import Progress
 from training.ppo.config import Config, DistillConfig, check_files, check_names, load_config, to_yaml
 
 # Heavy modules are imported where they are used: --help and --dry-run answer without torch.
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from training.generate import SamplingPlan
     from training.solver_table import SolverTable
 
-Progress = Callable[[int, int], None]  # (network rows so far, rows in all)
+OnRows = Callable[[int, int], None]  # (network rows so far, rows in all)
 
 FORMATS = (".safetensors", ".json", ".pkl")  # training.table owns these, but needs torch
 FIRST_POSITION, LAST_POSITION = 0.02, 0.98  # of the grid: nearer to a node, points can hardly be told apart
@@ -40,7 +38,6 @@ MIN_WEIGHT = 0.03  # a point with less is hardly used, and leaves PPO at the edg
 MAX_SCALE_CHANGE = 0.25  # a fitted scale farther from 1 makes up for slopes that all point elsewhere
 MAX_SUBSETS = 20_000  # of grid positions that are tried in an interval
 RIDGE = 1e-12  # a squared relative error that counts as none: keeps systems regular where slopes coincide
-SHOW_AFTER, SHOW_EVERY = 3.0, 10.0  # seconds, of the progress display
 
 
 class DistillError(UserError):
@@ -61,7 +58,7 @@ def distill(
     prompts: Sequence[str],
     seeds: Sequence[int],
     options: DistillConfig,
-    progress: Progress | None = None,
+    progress: OnRows | None = None,
 ) -> Distilled:
     """Fit a table under the conditions and in the shape of `start`, which is a table for `epd`, to a teacher.
 
@@ -161,7 +158,7 @@ def rows_per_image(plan: SamplingPlan, start: SolverTable, grid_points: int) -> 
 class _Watched:
     """`net` as solvers see it, reporting the rows that went through it."""
 
-    def __init__(self, net: Denoiser, progress: Progress | None, total: int):
+    def __init__(self, net: Denoiser, progress: OnRows | None, total: int):
         self.net, self.progress, self.total, self.done = net, progress, total, 0
         self.is_flow = net.is_flow
 
@@ -315,30 +312,6 @@ def _relative_distance(reached: Tensor, x: Tensor, target: Tensor) -> float:
 # The command.
 
 
-class ProgressDisplay:
-    """A bar on a terminal, plain lines elsewhere, on stderr; nothing for what is over in SHOW_AFTER seconds."""
-
-    def __init__(self):
-        self.started = time.perf_counter()
-        self.next = SHOW_AFTER
-        self.bar = None
-
-    def __call__(self, done: int, total: int) -> None:
-        elapsed = time.perf_counter() - self.started
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
-        elif elapsed >= self.next and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, unit="row", desc="distill", file=sys.stderr)
-        elif elapsed >= self.next:
-            self.next = elapsed + SHOW_EVERY
-            left = tqdm.format_interval(elapsed / done * (total - done))
-            print(f"{done} of {total} network rows, {left} left", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 def distill_config(config: Config, output: Path | None, device: str) -> Path:
     """Check everything, load the backbone, distill, write; returns the table's path (`output`, or `default_output`).
 
@@ -373,9 +346,14 @@ def distill_config(config: Config, output: Path | None, device: str) -> Path:
             f"{teacher.num_steps - 1} intervals, on {len(prompts)} prompts"
         )
         seeds = [derive_seed(config.run.seed, "distill-noise", index) for index in range(len(prompts))]
-        display = ProgressDisplay()
+        display = Progress("distilling", total=None, unit="network row")
+
+        def show(done: int, total: int) -> None:
+            display.total = total
+            display.advance(done - display.done)
+
         try:
-            distilled = distill(net, start, prompts, seeds, options, display)
+            distilled = distill(net, start, prompts, seeds, options, show)
         except torch.OutOfMemoryError as error:
             raise DistillError(
                 f"the GPU's memory does not suffice for {options.max_rows} rows in a network call; lower "
@@ -440,11 +418,11 @@ def summary(distilled: Distilled) -> list[str]:
     return lines
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@command({"Table": ("config_path", "overrides", "output", "dry_run"), "Machine": ("device", "cache_dir")})
 @click.option(
     "--config",
     "config_path",
-    help="YAML file of the PPO run, e.g. training/ppo/cfgs/embedded.yaml",
+    help="YAML file of the run, or a preset: embedded, sd15_single, sd15_parallel",
     metavar="FILE",
     type=Path,
     required=True,
@@ -470,7 +448,8 @@ def summary(distilled: Distilled) -> list[str]:
 def main(config_path: Path, overrides: tuple[str, ...], output: Path | None, device: str, dry_run: bool) -> None:
     """Fit a solver table to a fine teacher's trajectory, without a reward: a start for PPO, or a table to sample with.
 
-    Uses model.*, data.*, run.seed and distill.* of a PPO configuration. The table's path goes to stdout. Example:
+    Uses model.*, data.*, run.seed and distill.* of a PPO configuration. The table's path goes to stdout. Example
+    (installed: epd-distill):
 
     \b
     python -m training.distill --config training/ppo/cfgs/embedded.yaml --output exps/distilled.safetensors

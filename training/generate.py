@@ -383,7 +383,7 @@ def _generate(
     overwrite: bool,
 ) -> None:
     """This rank's share of `todo`; afterwards rank 0 joins the lines of all ranks."""
-    from tqdm import tqdm
+    from torch_utils.progress import Progress
 
     net = plan.load_model(distributed.device(), compile_mode)
     plan.sigmas(net)  # the last thing that can be refused: only now may an old manifest lose lines
@@ -398,14 +398,14 @@ def _generate(
         mine, saves = _dealt(todo, batch), True
     with (
         manifest.writer(distributed.rank()) as add,
-        tqdm(total=len(mine), unit="image", desc=plan.solver, disable=not distributed.is_main()) as bar,
+        Progress(f"sampling with {plan.solver}", len(mine), "image", shown=distributed.is_main()) as progress,
     ):
         texts_of_mine = [prompt_of[seed] for seed in mine]
         for part, texts, images in generate_images(net, plan, mine, texts_of_mine, batch, max_rows):
             for seed, prompt, image in zip(part, texts, images.cpu(), strict=True) if saves else ():
                 save_png(image, manifest.folder / image_name(seed))
                 add(seed, prompt)
-            bar.update(len(part))
+            progress.advance(len(part))
     distributed.barrier()
     if distributed.is_main():
         manifest.join(todo)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch_utils.errors import UserError
+from torch_utils.resources import shipped_file
 from torch_utils.seeds import MAX_IMAGE_SEED
 from torch_utils.untrusted import read_bounded
 
@@ -27,11 +28,12 @@ class PromptError(UserError):
 def load_prompts(path: str | os.PathLike[str]) -> list[str]:
     """Read prompts from UTF-8 text (a byte-order mark and CRLF are fine), surrounding spaces removed.
 
+    A path that begins with `src/` is found in the project where it is not below the working directory.
     `.txt`: one prompt per line. `.csv`: the column named `text`, `caption` or `prompt`, a header line first.
     Raises `PromptError` with file and line (from 1) for a blank prompt, bytes that are not UTF-8, a malformed row; and
     for an unreadable or empty file, an unknown suffix, a missing column.
     """
-    path = Path(path)
+    path = shipped_file(Path(path))
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".csv"):
         raise PromptError(f"prompt file {path} must end in .txt (one prompt per line) or .csv")

@@ -13,6 +13,10 @@ from torch_utils.options import cache_dir_option
 
 F = TypeVar("F", bound=Callable)
 
+GROUPS = {
+    "Pictures": ("prompt_file", "prompt", "seeds", "batch", "outdir", "grid", "overwrite"),
+    "Model and machine": ("model_path", "precision", "max_rows", "compile_mode", "parallel", "cache_dir", "device"),
+}
 OPTIONS = (
     click.option(
         "--prompt-file",

@@ -12,20 +12,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torch_utils.errors import user_errors
+from torch_utils.options import command
+from torch_utils.version import VERSION
 
 if TYPE_CHECKING:
     from training.solver_table import SolverTable
 
 FILE = click.Path(path_type=Path)
+DIFF_CODES = "Exit codes: 0 the same; 1 different; 2 one of them cannot be read, in one line; 130 Ctrl-C."
 MOST_LINES = 20  # of differences that `diff` lists for each array
 
 
-@click.group(context_settings={"show_default": True, "max_content_width": 120})
+@click.group(context_settings={"max_content_width": 120})
+@click.version_option(VERSION, message="epd-rdpo %(version)s")
 def main() -> None:
     """Look at solver tables: .safetensors, .json, and .pkl, the published ones too. Nothing in a file is executed."""
 
 
-@main.command()
+@command({"Output": ("as_json",)})
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
 @click.option("--json", "as_json", help="One JSON object for each file instead", is_flag=True)
 @user_errors
@@ -48,16 +52,19 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
             click.echo("\n" * bool(number) + "\n".join(describe(table, path)))
 
 
-@main.command()
+@command({"Comparison": ("tolerance",), "Output": ("as_json",)}, exit_codes=DIFF_CODES)
 @click.argument("first", metavar="A", type=FILE)
 @click.argument("second", metavar="B", type=FILE)
 @click.option("--tolerance", help="Numbers that are no farther apart are the same", default=0.0, metavar="X")
 @click.option("--json", "as_json", help="One JSON object instead", is_flag=True)
 @user_errors
 def diff(first: Path, second: Path, tolerance: float, as_json: bool) -> None:
-    """Compare two tables, B with A. Exit code 0: the same. 1: different. 2: one of them cannot be read.
+    """Compare two tables, B with A.
 
-    A .pkl holds float32 logits: the same table in another format differs from it by some 1e-8.
+    A .pkl holds float32 logits: the same table in another format differs from it by some 1e-8. Example:
+
+    \b
+    python -m training.table diff start.pkl exps/<run>/export/network-snapshot-export-step000070.pkl
     """
     from training.table import load_table
 
@@ -67,6 +74,10 @@ def diff(first: Path, second: Path, tolerance: float, as_json: bool) -> None:
     else:
         click.echo("\n".join(describe_difference(found, first, second)))
     sys.exit(0 if found["same"] else 1)
+
+
+main.add_command(show)
+main.add_command(diff)
 
 
 def as_record(table: SolverTable, path: Path) -> dict[str, Any]:

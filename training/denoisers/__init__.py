@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from torch_utils.download_util import check_file_by_key, is_hub_id, locate
+from torch_utils.resources import SOURCES
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
 from training.denoisers.replay import COMPILE_MODES
 from training.denoisers.single_file import SUFFIXES
@@ -27,7 +28,6 @@ __all__ = [
     "note_resolution",
 ]
 
-SOURCES = Path(__file__).resolve().parents[2] / "src"
 EMBEDDED = SOURCES / "embedded"
 
 

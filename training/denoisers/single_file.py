@@ -121,7 +121,7 @@ def _fill(
     wanted = network.state_dict()
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     odd = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    untyped = [key for key in wanted if key in state and state[key].dtype not in WEIGHT_TYPES]
+    untyped = [key for key in wanted if key in state and str(state[key].dtype) not in WEIGHT_TYPES]
     faults = (
         (missing, "lacks"),
         (extra, "has the unknown"),

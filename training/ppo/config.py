@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torch_utils.errors import UserError
+from torch_utils.resources import preset_file, shipped_file
 from torch_utils.untrusted import read_bounded
 
 MAX_BYTES = 256 << 10  # of a configuration; the longest here has 4 kB
@@ -38,7 +39,7 @@ class ConfigError(UserError):
 @dataclass
 class RunConfig:
     output_root: str = "exps"  # run folders are made here, as <timestamp>-<run_name>
-    run_name: str = "epd-ppo"
+    run_name: str = "epd-ppo"  # the end of the run folder's name; a run of the same name is continued
     seed: int = 0  # every random draw of the run is derived from it
     # Of several processes: how long they wait for one that hangs before they stop and name it. More than the longest
     # that one may be late, downloads by the first process included.
@@ -54,12 +55,12 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     dataset_name: str = "ms_coco"  # backbone: ms_coco (Stable Diffusion v1.5) or emoji (embedded)
-    guidance_type: str = "cfg"
-    guidance_rate: float = 7.5
-    schedule_type: str = "discrete"
-    schedule_rho: float = 1.0
-    sigma_min: float | None = None  # null: the model's own range
-    sigma_max: float | None = None
+    guidance_type: str = "cfg"  # classifier-free guidance, the only kind
+    guidance_rate: float = 7.5  # guidance scale; 1: unguided
+    schedule_type: str = "discrete"  # how the noise levels are spaced; flowmatch is for flow models
+    schedule_rho: float = 1.0  # exponent of the spacing
+    sigma_min: float | None = None  # last noise level; null: the lowest of the model
+    sigma_max: float | None = None  # first noise level; null: the highest of the model
     num_steps: int | None = None  # nodes of the schedule (intervals + 1); null: those of the start table
     num_points: int | None = None  # intermediate points per interval; null: those of the start table
     afs: bool = False  # replace the very first slope by its analytical value
@@ -125,22 +126,23 @@ class PathwiseConfig:
 
 @dataclass
 class PPOConfig:
-    steps: int = 100
+    steps: int = 100  # training steps of the run
     # images per step over all ranks: prompts * rloo_k; pathwise takes as many prompts, one image each
     rollout_batch_size: int = 32
     rloo_k: int = 4  # tables per prompt; each is compared with the others of its prompt
     rollout_micro_batch: int | None = None  # images per network batch; null: the rank's whole share
     shared_noise: bool = True  # the tables of a prompt start from the same noise
-    baseline: str = "prompt"  # leave-one-out within a prompt; legacy_mixed: the published runs' grouping across prompts
-    normalize_advantages: bool = True
-    ppo_epochs: int = 4
+    # prompt: leave-one-out within a prompt; legacy_mixed: the published runs' grouping across prompts
+    baseline: str = "prompt"
+    normalize_advantages: bool = True  # to mean 0 and standard deviation 1 over the step's images
+    ppo_epochs: int = 4  # passes over the images of a step
     minibatch_size: int | None = None  # samples per optimizer step; null: the whole batch
-    learning_rate: float = 0.1
+    learning_rate: float = 0.1  # of Adam, at the first step
     learning_rate_schedule: str = "linear"  # linear: falls to zero at the last step; constant
-    clip_range: float = 0.2
+    clip_range: float = 0.2  # the ratio of probabilities counts within 1 +- this
     kl_coef: float = 0.0  # weight of KL(policy || start policy)
-    entropy_coef: float = 0.0
-    max_grad_norm: float | None = 1.0  # null: no limit
+    entropy_coef: float = 0.0  # weight of the policy's entropy
+    max_grad_norm: float | None = 1.0  # longer gradients are shortened to it; null: no limit
     # A prompt with a score that is not a number is left out of its step; more of them in the whole run end it.
     max_dropped_groups: int = 16
     # An optimizer step whose gradient is not finite is left out; more of them in the whole run end it.
@@ -148,8 +150,8 @@ class PPOConfig:
     # sum of a row's concentrations at the first step; larger explores less: 50 and null from a distilled table
     dirichlet_concentration: float = 10.0
     concentration_end: float | None = 100.0  # at the last step, reached geometrically; null: stays as it is
-    train_scale_dir: bool = False  # false: the start table's values stay as they are
-    train_scale_time: bool = False
+    train_scale_dir: bool = False  # train the lengths of the steps, too; false: the start table's values stay
+    train_scale_time: bool = False  # train the times told to the network, too; false: the start table's values stay
     scale_std: float = 0.05  # standard deviation of a trained scale's logarithm
 
 
@@ -175,7 +177,7 @@ class CheckpointsConfig:
 class LoggingConfig:
     log_interval: int = 1  # steps between plain progress lines and TensorBoard points; metrics.jsonl has every step
     save_interval: int = 10  # steps between checkpoints
-    tensorboard: bool = True
+    tensorboard: bool = True  # write logs/tensorboard
     wandb: bool = False  # the same curves and pictures to Weights & Biases; needs the package wandb
 
 
@@ -279,10 +281,12 @@ ABOVE_ZERO = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `overrides` ("section.key=value", the value in YAML) and check what needs no other file.
 
+    `path` may also be the name of a preset, such as `embedded`.
     Raises `ConfigError` for an unreadable file, an unknown key (naming the nearest valid one), a wrong type, or values
     that do not fit together.
     """
-    sources = [(str(path), _read_yaml(Path(path)))]
+    path = preset_file(Path(path))
+    sources = [(str(path), _read_yaml(path))]
     sources += [(f"--override {item}", _parse_override(item)) for item in overrides]
     merged = OmegaConf.structured(Config)
     for origin, source in sources:
@@ -604,7 +608,7 @@ def check_files(config: Config) -> None:
         "evaluation.prompt_file": (config.evaluation.prompt_file, "name another file, or use null"),
     }
     for key, (path, advice) in named.items():
-        if path is not None and not Path(path).is_file():
+        if path is not None and not shipped_file(Path(path)).is_file():
             raise ConfigError(f"{key}={path} does not exist; {advice}")
 
 

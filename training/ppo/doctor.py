@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import click
 
 from torch_utils.errors import UserError, user_errors
-from torch_utils.options import CACHE_VARIABLE, cache_dir_option
+from torch_utils.options import CACHE_VARIABLE, cache_dir_option, command
 
 if TYPE_CHECKING:
     from torch_utils.download_util import Asset, KnownFile
@@ -586,11 +586,14 @@ def check_output_root(root: Path) -> Iterator[Finding]:
     yield Finding(NOTE if free < FEW_BYTES else OK, "disk", f"{says}: little" if free < FEW_BYTES else says)
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@command(
+    {"Run": ("config_path", "overrides", "processes", "hashes"), "Machine": ("device", "cache_dir")},
+    exit_codes="Exit codes: 0 training can start; 1 something is missing or bad; 2 wrong options; 130 Ctrl-C.",
+)
 @click.option(
     "--config",
     "config_path",
-    help="YAML file of the run",
+    help="YAML file of the run, or a preset: embedded, sd15_single, sd15_parallel",
     metavar="FILE",
     type=Path,
     default=PRESET,
@@ -620,8 +623,11 @@ def main(config_path: Path, overrides: tuple[str, ...], device: str, processes: 
     missing  to be fetched or installed; the lines below it say how
     bad      to be mended; the lines below it say how
 
-    Exit code 0: training can start. 1: something is missing or bad. 2: wrong options. Nothing is fetched, and nothing
-    is left behind. Hashes of weights are those remembered from earlier runs, unless --hashes has them computed.
+    Nothing is fetched, and nothing is left behind. Hashes of weights are those remembered from earlier runs, unless
+    --hashes has them computed. Example (installed: epd-doctor):
+
+    \b
+    python -m training.ppo.doctor --config sd15_single --device cuda
     """
     # Should one of the project's functions try to fetch something after all, it is refused.
     os.environ["HF_HUB_OFFLINE"] = "1"

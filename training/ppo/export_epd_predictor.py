@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from torch_utils.errors import user_errors
+from torch_utils.options import command
 
 if TYPE_CHECKING:
     from training.ppo.config import Config
@@ -82,7 +83,7 @@ def find_checkpoint(directory: RunDirectory, checkpoint: Path | None) -> Path:
     return path
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@command({"Table": ("checkpoint",)})
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",
@@ -94,6 +95,8 @@ def find_checkpoint(directory: RunDirectory, checkpoint: Path | None) -> Path:
 @user_errors
 def main(run_dir: Path, checkpoint: Path | None) -> None:
     """Export the mean table of a PPO run into RUN_DIR/export: .pkl, .safetensors and training_options.json.
+
+    The path of the .pkl goes to stdout. Example (installed: epd-export):
 
     \b
     python -m training.ppo.export_epd_predictor exps/<run> --checkpoint checkpoints/policy-step000070.pt

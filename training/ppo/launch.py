@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import cache_dir_option
+from torch_utils.options import EXIT_CODES, cache_dir_option, command
 from training.ppo.config import (
     Config,
     ConfigError,
@@ -128,9 +128,16 @@ def describe(config: Config) -> str:
     return f"{algorithm}, {config.ppo.rollout_batch_size} images a step, learning rate {rate:g}, from {start}"
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@command(
+    {"Run": ("config_path", "overrides", "resume", "dry_run"), "Machine": ("device", "cache_dir")},
+    exit_codes=f"{EXIT_CODES[:-1]} and 143 SIGTERM or SIGUSR1, after the step was finished and saved.",
+)
 @click.option(
-    "--config", "config_path", help="YAML file, e.g. training/ppo/cfgs/embedded.yaml", metavar="FILE", type=Path
+    "--config",
+    "config_path",
+    help="YAML file, or a preset: embedded, sd15_single, sd15_parallel",
+    metavar="FILE",
+    type=Path,
 )
 @click.option(
     "--override", "overrides", help="Change one key, e.g. ppo.steps=100; repeatable", metavar="KEY=VALUE", multiple=True
@@ -148,9 +155,11 @@ def main(config_path: Path | None, overrides: tuple[str, ...], resume: str, devi
     never  begins a new run
     DIR    continues this run; --config may be left out
 
-    Ctrl-C and SIGTERM finish the current step, save, and exit with 130 or 143. The run folder goes to stdout. Example:
+    Ctrl-C and SIGTERM finish the current step, save, and exit with 130 or 143. The run folder goes to stdout. Examples
+    (installed: epd-train):
 
     \b
+    python -m training.ppo.launch --config embedded --override ppo.steps=30
     torchrun --nproc_per_node=8 -m training.ppo.launch --config training/ppo/cfgs/sd15_parallel.yaml
     """
     by_run = config_path is None

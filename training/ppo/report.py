@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import UserError, user_errors
+from torch_utils.options import command
 
 FILE = click.Path(path_type=Path)
 
@@ -26,7 +27,7 @@ def check_output(path: Path) -> None:
         raise ReportError(f"{path} exists and is no report of a run: name another file, or delete it")
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@command({"Page": ("output", "scores")})
 @click.argument("run_dir", type=FILE)
 @click.option("--output", help="The page", metavar="FILE", type=FILE, show_default="RUN_DIR/report.html")
 @click.option(
@@ -41,7 +42,7 @@ def main(run_dir: Path, output: Path | None, scores: tuple[Path, ...]) -> None:
     """Write a run's configuration, curves, table, samples and use as one page that needs no network.
 
     An unfinished run gives a page of what there is so far; an earlier page is replaced. The page's path goes to stdout.
-    Example, after `bash train.sh && bash sample.sh`:
+    Example, after `bash train.sh && bash sample.sh` (installed: epd-report):
 
     \b
     python -m training.ppo.report exps/<run> --scores results/learned-hps.json --scores results/ddim-hps.json

@@ -167,7 +167,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: Path, spare: S
             f"{path} holds the weights of another model (it {looks_like(state)}); tensors: {', '.join(problems)}"
         )
     for key, value in state.items():
-        if value.dtype not in WEIGHT_TYPES:
+        if str(value.dtype) not in WEIGHT_TYPES:
             raise CheckpointError(f"{path} cannot be used: {key} is of type {value.dtype}")
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{path} is damaged: {key} holds NaN or infinite values")

@@ -16,23 +16,22 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FILE = click.Path(path_type=Path)
-pattern_option = click.option(
-    "--pattern", metavar="GLOB", default="**/*.png", show_default=True, help="which files below the folder"
-)
+pattern_option = click.option("--pattern", metavar="GLOB", default="**/*.png", help="which files below the folder")
 prompts_option = click.option(
     "--prompts", metavar="FILE", type=FILE, help="prompts, for folders without a manifest.jsonl"
 )
-batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="images per forward"
-)
-device_option = click.option(
-    "--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."
-)
+batch_size_option = click.option("--batch-size", type=click.IntRange(min=1), default=32, help="images per forward")
+device_option = click.option("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 amp_option = click.option(
     "--amp",
     is_flag=True,
     help="half precision on a GPU; changes the fourth digit; published scores of HPSv2 and CLIPScore have it",
 )
+GROUPS = {
+    "What to score": ("images", "pattern", "prompts", "output_json"),
+    "Metric": ("metric", "version", "architecture", "weights", "backbone", "vocabulary", "amp"),
+    "Machine": ("batch_size", "cache_dir", "device"),
+}
 OPTIONS = (
     click.option("--images", metavar="DIR", type=FILE, required=True, help="folder of images to score"),
     pattern_option,

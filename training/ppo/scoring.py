@@ -24,6 +24,7 @@ import torch
 from torch_utils import distributed
 from torch_utils.checkpoint import atomic_write_text
 from torch_utils.errors import UserError
+from torch_utils.progress import Progress
 from torch_utils.untrusted import bounded_lines, parse_json, read_bounded
 from training.images import ImageError, load_image
 from training.manifest import GRID, MANIFEST
@@ -180,15 +181,13 @@ def listing(values: Sequence[object]) -> str:
 def score_images(
     reward: Reward, entries: Sequence[ImageEntry], batch_size: int, device: torch.device
 ) -> list[float | None]:
-    """Score every entry, with a progress bar on stderr; None where the file is unreadable, which stderr names.
+    """Score every entry, with the progress on stderr; None where the file is unreadable, which stderr names.
 
     Files are decoded ahead of the model in threads. Raises `ScoringError` naming the first image whose score is not
     finite.
     """
-    from tqdm import tqdm
-
     scores: list[float | None] = [None] * len(entries)
-    progress = tqdm(total=len(entries), desc=reward.name, unit="img", file=sys.stderr)
+    progress = Progress(f"scoring with {reward.name}", len(entries), "image")
     started, waited = time.perf_counter(), 0.0
     with contextlib.closing(_decoded([entry.path for entry in entries], ahead=2 * batch_size)) as decoded:
         for start in range(0, len(entries), batch_size):
@@ -197,7 +196,7 @@ def score_images(
             before = time.perf_counter()
             for index, image in enumerate(itertools.islice(decoded, batch_size), start):
                 if isinstance(image, ImageError):
-                    progress.write(f"not scored: {image}", file=sys.stderr)
+                    progress.message(f"not scored: {image}")
                 else:
                     batches.setdefault(image.shape, []).append((index, image))
             waited += time.perf_counter() - before
@@ -208,11 +207,8 @@ def score_images(
                     if not math.isfinite(value):
                         raise ScoringError(f"{reward.name} gives {value} for {entries[index].path}")
                     scores[index] = value
-            progress.update(min(batch_size, len(entries) - start))
-    progress.set_postfix_str(
-        f"{waited / max(time.perf_counter() - started, 1e-9):.0%} of it waiting for files", refresh=False
-    )
-    progress.close()
+            progress.advance(min(batch_size, len(entries) - start))
+    progress.close(f"{waited / max(time.perf_counter() - started, 1e-9):.0%} of it waiting for files")
     return scores
 
 

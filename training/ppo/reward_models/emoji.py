@@ -11,10 +11,11 @@ from torch import Tensor
 
 from torch_utils.checkpoint import CheckpointError, sha256_file
 from torch_utils.errors import UserError
+from torch_utils.resources import SOURCES
 from torch_utils.untrusted import check_tokenizer_config, read_model_config
 from training.ppo.reward_base import DEFAULT_BATCH_SIZE, check_inputs, cosine_scores, load_strict, read_weights
 
-EMBEDDED_FOLDER = Path(__file__).resolve().parents[3] / "src" / "embedded"
+EMBEDDED_FOLDER = SOURCES / "embedded"
 REWARD_FOLDERS = {"emoji_reward": EMBEDDED_FOLDER / "reward", "emoji_heldout": EMBEDDED_FOLDER / "heldout"}
 NEEDED_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json")
 

@@ -1,7 +1,11 @@
 """Print one table from the score files of several folders.
 
 SCORES are JSON files that the score_* commands wrote: every folder with the same metrics, on the same seeds and
-prompts. A folder's label is its name.
+prompts. A folder's label is its name. The table goes to stdout.
+
+\b
+Example (installed: epd-compare):
+  python -m training.ppo.scripts.compare results/learned-hps.json results/ddim-hps.json --reference learned
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
+from torch_utils.options import command
 from training.ppo.comparison import check_comparison_outputs, compare, load_scores, to_markdown
 from training.ppo.scorer_options import FILE
 
 
-@click.command(help=__doc__)
+@command({"Comparison": ("reference", "force"), "Output": ("output_json", "output_md")}, help=__doc__)
 @click.argument("scores", metavar="SCORES...", nargs=-1, required=True, type=FILE)
 @click.option("--reference", metavar="LABEL", help="add paired differences: this folder minus each other")
 @click.option("--output-json", metavar="FILE", type=FILE, help="write all numbers here")

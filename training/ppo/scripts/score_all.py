@@ -3,12 +3,13 @@
 The first folder is the reference: every difference is this folder minus another, paired by seed and prompt.
 
 \b
-Example:
+Example (installed: epd-score):
   python -m training.ppo.scripts.score_all --images samples/learned samples/ddim-20 samples/ddim-50 \\
       --metrics hps,clip,aesthetic --output-json results/comparison.json
 
 Beside the JSON come the same table as .md and .csv, a page of the images that differ most as .html, and the scores of
-every image as LABEL-METRIC.json. Scores that are there already are kept: give the same command again to continue.
+every image as LABEL-METRIC.json. Scores that are there already are kept: give the same command again to continue. The
+table goes to stdout.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import UserError, user_errors
-from torch_utils.options import cache_dir_option
+from torch_utils.options import cache_dir_option, command
 from training.ppo.scorer_options import (
     FILE,
     amp_option,
@@ -30,11 +31,18 @@ from training.ppo.scorer_options import (
 )
 
 
-@click.command(help=__doc__)
+@command(
+    {
+        "What to score": ("images", "pattern", "prompts", "allow_missing", "output_json"),
+        "Metrics": ("metrics", "weights", "fetch_only", "amp"),
+        "Machine": ("batch_size", "cache_dir", "device"),
+    },
+    help=__doc__,
+)
 @click.option("--images", metavar="DIR...", type=FILE, multiple=True, help="folders, the reference first")
 @click.argument("more", metavar="", nargs=-1, type=FILE)
 @click.option("--metrics", metavar="LIST", required=True, help="hps, clip, aesthetic, pick, ..., separated by commas")
-@click.option("--weights", metavar="METRIC=PATH", multiple=True, help="weights of one metric  [default: fetched]")
+@click.option("--weights", metavar="METRIC=PATH", multiple=True, show_default="fetched", help="weights of one metric")
 @click.option("--output-json", metavar="FILE", type=FILE, help="where the comparison goes")
 @prompts_option
 @click.option("--allow-missing", is_flag=True, help="compare the images that all folders have, if not all have all")

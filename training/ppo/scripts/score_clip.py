@@ -1,4 +1,10 @@
-"""Score a folder of images with CLIPScore: the cosine of OpenAI's CLIP ViT-L/14."""
+"""Score a folder of images with CLIPScore: the cosine of OpenAI's CLIP ViT-L/14.
+
+The summary goes to stdout. Example:
+
+\b
+  python -m training.ppo.scripts.score_clip --images samples/learned --output-json results/clip.json
+"""
 
 from __future__ import annotations
 
@@ -7,16 +13,18 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.scorer_options import FILE, ScoreRequest, amp_option, scorer_options
+from torch_utils.options import command
+from training.ppo.scorer_options import FILE, GROUPS, ScoreRequest, amp_option, scorer_options
 
 
-@click.command(help=__doc__)
+@command(GROUPS, help=__doc__)
 @scorer_options
 @click.option(
     "--weights",
     metavar="PATH",
     type=FILE,
-    help="model.safetensors of openai/clip-vit-large-patch14, or its folder  [default: fetched]",
+    show_default="fetched",
+    help="model.safetensors of openai/clip-vit-large-patch14, or its folder",
 )
 @amp_option
 @user_errors

@@ -1,4 +1,10 @@
-"""Score a folder of images with the embedded model's reward, or with the held-out judge that training never saw."""
+"""Score a folder of images with the embedded model's reward, or with the held-out judge that training never saw.
+
+The summary goes to stdout. Example:
+
+\b
+  python -m training.ppo.scripts.score_emoji --metric heldout --images samples/learned --output-json held.json
+"""
 
 from __future__ import annotations
 
@@ -7,13 +13,16 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.scorer_options import FILE, ScoreRequest, scorer_options
+from torch_utils.options import command
+from training.ppo.scorer_options import FILE, GROUPS, ScoreRequest, scorer_options
 
 
-@click.command(help=__doc__)
+@command(GROUPS, help=__doc__)
 @scorer_options
-@click.option("--metric", type=click.Choice(["reward", "heldout"]), default="reward", show_default=True)
-@click.option("--weights", metavar="DIR", type=FILE, help="CLIP folder  [default: src/embedded/reward or .../heldout]")
+@click.option("--metric", type=click.Choice(["reward", "heldout"]), default="reward", help="which judge")
+@click.option(
+    "--weights", metavar="DIR", type=FILE, show_default="src/embedded/reward or .../heldout", help="CLIP folder"
+)
 @user_errors
 def main(request: ScoreRequest, metric: str, weights: Path | None) -> None:
     from training.ppo.reward_multi import create_reward

@@ -2,6 +2,11 @@
 
 --version embedded takes the embedded model's own judge of preference instead, for its pictures: nothing is downloaded,
 and the scores are those of score_emoji.
+
+The summary goes to stdout. Example:
+
+\b
+  python -m training.ppo.scripts.score_hps --images samples/learned --output-json results/hps.json
 """
 
 from __future__ import annotations
@@ -11,14 +16,17 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.scorer_options import FILE, ScoreRequest, amp_option, scorer_options
+from torch_utils.options import command
+from training.ppo.scorer_options import FILE, GROUPS, ScoreRequest, amp_option, scorer_options
 
 
-@click.command(help=__doc__)
+@command(GROUPS, help=__doc__)
 @scorer_options
-@click.option("--weights", metavar="FILE", type=FILE, help="HPS_v2.1_compressed.pt  [default: fetched on first use]")
-@click.option("--version", type=click.Choice(["v2.1", "v2.0", "embedded"]), default="v2.1", show_default=True)
-@click.option("--architecture", default="ViT-H-14", show_default=True, help="open_clip model that the weights are for")
+@click.option(
+    "--weights", metavar="FILE", type=FILE, show_default="fetched on first use", help="HPS_v2.1_compressed.pt"
+)
+@click.option("--version", type=click.Choice(["v2.1", "v2.0", "embedded"]), default="v2.1", help="of HPSv2")
+@click.option("--architecture", default="ViT-H-14", help="open_clip model that the weights are for")
 @amp_option
 @user_errors
 def main(request: ScoreRequest, weights: Path | None, version: str, architecture: str, amp: bool) -> None:

@@ -1,4 +1,10 @@
-"""Score a folder of images with ImageReward v1.0, on its authors' scale: roughly -2 to 2."""
+"""Score a folder of images with ImageReward v1.0, on its authors' scale: roughly -2 to 2.
+
+The summary goes to stdout. Example:
+
+\b
+  python -m training.ppo.scripts.score_imagereward --images samples/learned --output-json results/imagereward.json
+"""
 
 from __future__ import annotations
 
@@ -7,17 +13,19 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.scorer_options import FILE, ScoreRequest, amp_option, scorer_options
+from torch_utils.options import command
+from training.ppo.scorer_options import FILE, GROUPS, ScoreRequest, amp_option, scorer_options
 
 
-@click.command(help=__doc__)
+@command(GROUPS, help=__doc__)
 @scorer_options
-@click.option("--weights", metavar="PATH", type=FILE, help="ImageReward.pt, or its folder  [default: fetched]")
+@click.option("--weights", metavar="PATH", type=FILE, show_default="fetched", help="ImageReward.pt, or its folder")
 @click.option(
     "--vocabulary",
     metavar="PATH",
     type=FILE,
-    help="vocab.txt of google-bert/bert-base-uncased, or its folder  [default: beside the weights, or fetched]",
+    show_default="beside the weights, or fetched",
+    help="vocab.txt of google-bert/bert-base-uncased, or its folder",
 )
 @amp_option
 @user_errors

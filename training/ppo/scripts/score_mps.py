@@ -1,4 +1,10 @@
-"""Score a folder of images with MPS (Multi-dimensional Preference Score), for the condition "overall"."""
+"""Score a folder of images with MPS (Multi-dimensional Preference Score), for the condition "overall".
+
+The summary goes to stdout. Example:
+
+\b
+  python -m training.ppo.scripts.score_mps --images samples/learned --weights weights/MPS_overall_checkpoint.pth
+"""
 
 from __future__ import annotations
 
@@ -7,16 +13,18 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from training.ppo.scorer_options import FILE, ScoreRequest, amp_option, scorer_options
+from torch_utils.options import command
+from training.ppo.scorer_options import FILE, GROUPS, ScoreRequest, amp_option, scorer_options
 
 
-@click.command(help=__doc__)
+@command(GROUPS, help=__doc__)
 @scorer_options
 @click.option(
     "--weights",
     metavar="FILE",
     type=FILE,
-    help="MPS_overall_checkpoint.pth (nothing in it is run), or a .safetensors of it  [default: in weights/ or cache]",
+    show_default="in weights/ or cache",
+    help="MPS_overall_checkpoint.pth (nothing in it is run), or a .safetensors of it",
 )
 @amp_option
 @user_errors
