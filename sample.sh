@@ -68,3 +68,12 @@ done
 
 run "$PYTHON" -m training.ppo.scripts.score_all --images "${names[@]/#/$samples/}" --metrics "$metrics" \
     --output-json "$results/comparison.json"
+
+# The run's page, with the comparison in it.
+scores=()
+for name in "${names[@]}"; do
+    for metric in ${metrics//,/ }; do
+        scores+=(--scores "$results/$name-$metric.json")
+    done
+done
+run "$PYTHON" -m training.ppo.report "$run_dir" "${scores[@]}" >&2

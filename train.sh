@@ -53,4 +53,5 @@ if [ "$preset" = sd15-multi ]; then
 fi
 run_dir=$(run "$PYTHON" "${launcher[@]}" "${launch[@]}")
 run "$PYTHON" -m training.ppo.export_epd_predictor "$run_dir"
-echo "The learned table is in $run_dir/export; next: bash sample.sh $preset" >&2
+run "$PYTHON" -m training.ppo.report "$run_dir"
+echo "The learned table is in $run_dir/export, and $run_dir/report.html shows the run; next: bash sample.sh $preset" >&2

@@ -350,7 +350,8 @@ def test_slicing_changes_no_image(own):
 
 
 def test_lora(own, tmp_path):
-    peft = pytest.importorskip("peft", reason="diffusers loads LoRA weights by peft")
+    import peft
+
     adapter = peft.LoraConfig(r=2, lora_alpha=1, target_modules=["to_q", "to_v"], init_lora_weights=False)
     trained = copy.deepcopy(own.unet)
     trained.add_adapter(adapter)
@@ -376,9 +377,8 @@ def test_lora(own, tmp_path):
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["then apply_epd", "on its result"])
-def test_cpu_offload(own, before):
+def test_cpu_offload_puts_its_hooks_on(own, before):
     """On the CPU in place of a GPU: the same hooks, with nothing to move."""
-    pytest.importorskip("accelerate", reason="diffusers offloads by accelerate")
     plain = latents_of(apply_epd(own, TABLE))
     if before:
         own.enable_model_cpu_offload(device="cpu")
@@ -392,6 +392,24 @@ def test_cpu_offload(own, before):
     assert torch.equal(latents_of(epd), plain)
     assert len(epd._all_hooks) == 3 and not set(map(id, hooks)) & set(map(id, epd._all_hooks))  # put on anew
     epd.remove_all_hooks()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("offload", [EPDPipeline.enable_model_cpu_offload, EPDPipeline.enable_sequential_cpu_offload])
+def test_cpu_offload_on_a_gpu(own, offload):
+    """Components come to the GPU for their turn, and are back when the images are there."""
+    own.to("cuda")
+    plain = latents_of(apply_epd(own, TABLE)).cpu()
+    own.to("cpu")
+    epd = apply_epd(own, TABLE)
+    offload(epd)
+    found = latents_of(epd)
+    assert found.device.type == "cuda"
+    assert (found.cpu() - plain).abs().max() < 1e-3 * plain.abs().max()
+    epd.maybe_free_model_hooks()
+    assert {parameter.device.type for parameter in epd.unet.parameters()} <= {"cpu", "meta"}
+    epd.remove_all_hooks()
+    assert {parameter.device.type for parameter in epd.text_encoder.parameters()} == {"cpu"}
 
 
 def test_safety_checker(pipe):
