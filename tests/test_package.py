@@ -77,22 +77,20 @@ def test_the_wheel_has_all_and_no_more(wheel):
 
 @pytest.mark.parametrize(
     "name",
-    ["train", "sample", "sample-baseline", "score", "compare", "export", "distill", "start-table", "doctor", "fetch"],
+    [
+        *("train", "sample", "sample-baseline", "score", "compare", "export"),
+        *("report", "distill", "start-table", "doctor", "fetch"),
+    ],
 )
 def test_every_command_answers(run, name):
     assert run(f"epd-{name}", "--version") == f"epd-rdpo {VERSION}\n"
     assert "Exit codes: 0" in run(f"epd-{name}", "--help")
 
 
-def test_the_report_command_answers(run):
-    pytest.importorskip("training.ppo.report")
-    assert "Usage" in run("epd-report", "--help")
-
-
 def test_train_export_sample_and_score_without_the_checkout(run, tmp_path):
     """From the preset, with prompts, model and judges of the installed copy."""
     assert "src/prompts/emoji_train.txt" in run("epd-train", "--config", "embedded", "--dry-run")
-    overrides = ["model.num_steps=3", "ppo.steps=1", "ppo.rollout_batch_size=2", "evaluation.interval=1"]
+    overrides = ["model.num_steps=3", "ppo.steps=1", "ppo.rollout_batch_size=4", "evaluation.interval=1"]
     overrides += ["evaluation.num_prompts=2", "evaluation.grid_images=0", "logging.tensorboard=false"]
     words = [part for override in overrides for part in ("--override", override)]
     run_dir = run("epd-train", "--config", "embedded", "--device", "cpu", *words).strip()

@@ -18,8 +18,9 @@ from training.ppo.reward_multi import PUBLISHED
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """Remembered hashes go to a folder of this test run, not to the user's cache."""
+    """Remembered hashes go to a folder of this test run, not to the user's cache; scorers tell their times at once."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_utils.progress.SHOW_AFTER", 0.0)
         patch.setenv("EPD_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
