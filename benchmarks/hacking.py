@@ -80,15 +80,12 @@ def hacking_config(outdir: Path, steps: int, start: Path | None, overrides: Sequ
 
 def train_hacked(config: Config, device: str) -> int:
     """Train in a new run folder; returns the number of the signal that ended the run early, or 0."""
-    distributed.init(device)
-    try:
+    with distributed.joined(device):
         where, batch_size = distributed.device(), config.reward.batch_size
         net = load_backbone(config)
         held_out = create_reward(HELD_OUT, device=where, batch_size=batch_size)
         models = Models(net, RewardMix.of(SaturationReward()), [held_out])
         return train(config, Inputs(start_table(config), *split_prompts(config)), models, "never")
-    finally:
-        distributed.shutdown()
 
 
 def summary(directory: RunDirectory, device: str) -> dict:

@@ -75,10 +75,9 @@ def main(
     from torch_utils.checkpoint import atomic_write_text
 
     device = parse_device(device)
-    distributed.init(device)
-    if distributed.world_size() > 1 and names != ["ranks"]:
-        raise UserError(f"--parts {parts}: of these, several processes measure ranks only")
-    with contextlib.ExitStack() as locks:
+    with distributed.joined(device), contextlib.ExitStack() as locks:
+        if distributed.world_size() > 1 and names != ["ranks"]:
+            raise UserError(f"--parts {parts}: of these, several processes measure ranks only")
         if distributed.is_main():
             results = open_results(outdir, BENCHMARK, locks)
         else:
@@ -91,7 +90,6 @@ def main(
             table = figures_table({name: results.parts[name] for name in order}, settings_text)
             atomic_write_text(outdir / "sd15.md", table)
             click.echo(table)
-    distributed.shutdown()
     missed = [row["figure"] for part in results.parts.values() for row in part["rows"] if not reached(row)]
     if check and (missed or not results.parts):
         raise UserError(f"--check: not reached: {', '.join(missed) or 'nothing is measured'}")

@@ -119,11 +119,8 @@ def toy_models(device: str = "cpu") -> Models:
 def run_toy(path: Path, resume: str, overrides: list[str], models: Models | None = None, device: str = "cpu") -> int:
     """Train in this process, on "cpu" or "cuda"; returns the number of the signal that ended it, or 0."""
     config = load_config(path, overrides)
-    distributed.init(device, config.run.timeout_minutes)
-    try:
+    with distributed.joined(device, config.run.timeout_minutes):
         return train(config, toy_inputs(config), models or toy_models(str(distributed.device())), resume)
-    finally:
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

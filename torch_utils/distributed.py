@@ -5,12 +5,14 @@ Without `torchrun` no process group exists and every helper is the identity, wha
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import datetime
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar, overload
 
 import torch
@@ -21,6 +23,7 @@ from torch_utils.errors import UserError
 T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
+LEAVE_S = 10  # how long a process may take to end after it failed
 
 _device: torch.device | None = None
 _roll_call: dist.ProcessGroup | None = None  # Gloo, of all ranks
@@ -55,6 +58,22 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> None:
         _die_with_launcher()
         _join_group(chosen, timeout_minutes)
     _device = chosen
+
+
+@contextlib.contextmanager
+def joined(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[None]:
+    """`init` for the length of a `with`.
+
+    Its end is the group's orderly one, which all ranks take part in. An exception waits for no other rank: the process
+    has `LEAVE_S` seconds to say what is wrong and to end, then the system ends it.
+    """
+    init(device, timeout_minutes)
+    try:
+        yield
+    except BaseException:
+        _abandon()
+        raise
+    shutdown()
 
 
 def _environment_number(name: str) -> int:
@@ -121,10 +140,21 @@ def _call_roll() -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one, and forget the device."""
+    """Leave the process group together with the other ranks, if there is one, and forget the device."""
     global _device, _roll_call
     if dist.is_initialized():
         dist.destroy_process_group()
+    _device = _roll_call = None
+
+
+def _abandon() -> None:
+    """Forget the device and see to it that this process can end, whatever the other ranks of its group do."""
+    global _device, _roll_call
+    if dist.is_initialized():
+        # NCCL's orderly end would wait here for a rank that hangs, and the message of the error with it.
+        signal.alarm(LEAVE_S)
+        if dist.get_backend() == "nccl":
+            atexit.register(dist.group.WORLD.abort)
     _device = _roll_call = None
 
 

@@ -325,8 +325,7 @@ def distill_config(config: Config, output: Path | None, device: str) -> Path:
     from training.ppo.inputs import start_table
     from training.table import save_table
 
-    distributed.init(device)
-    try:
+    with distributed.joined(device):
         if distributed.world_size() > 1:
             raise DistillError("distillation runs in one process: start it with python, not with torchrun")
         model, options = config.model, config.distill
@@ -365,8 +364,6 @@ def distill_config(config: Config, output: Path | None, device: str) -> Path:
             distributed.print0(line)
         save_table(distilled.table, path)
         return path
-    finally:
-        distributed.shutdown()
 
 
 def default_output(config: Config, start: SolverTable) -> Path:

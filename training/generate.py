@@ -302,19 +302,19 @@ def write_images(
     prompt_of = dict(zip(seeds, prompts, strict=True))
     if max_rows is not None:
         check_options(plan.solver, {"max_rows": max_rows})
-    distributed.init(device)
     try:
-        if parallel == "points":
-            distributed.on_main(lambda: _check_points(plan, batch, max_rows))
-        with contextlib.ExitStack() as locks:
-            manifest, todo = distributed.on_main(lambda: _prepare(plan, prompt_of, outdir, overwrite, locks))
-            distributed.print0(f"{outdir}: {len(todo)} images to make, {len(seeds) - len(todo)} finished before")
-            if todo:
-                _generate(plan, manifest, todo, prompt_of, batch, max_rows, compile_mode, parallel, overwrite)
-            if grid and distributed.is_main():
-                pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
-                save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / GRID)
-            distributed.barrier()
+        with distributed.joined(device):
+            if parallel == "points":
+                distributed.on_main(lambda: _check_points(plan, batch, max_rows))
+            with contextlib.ExitStack() as locks:
+                manifest, todo = distributed.on_main(lambda: _prepare(plan, prompt_of, outdir, overwrite, locks))
+                distributed.print0(f"{outdir}: {len(todo)} images to make, {len(seeds) - len(todo)} finished before")
+                if todo:
+                    _generate(plan, manifest, todo, prompt_of, batch, max_rows, compile_mode, parallel, overwrite)
+                if grid and distributed.is_main():
+                    pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
+                    save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / GRID)
+                distributed.barrier()
     except torch.OutOfMemoryError as error:
         advice = "lower --batch"
         if plan.table is not None:
@@ -323,8 +323,6 @@ def write_images(
             f"the GPU's memory does not suffice for {batch} images at a time; {advice}. Finished images are kept: "
             "start again with the same folder"
         ) from error
-    finally:
-        distributed.shutdown()
 
 
 def _prepare(

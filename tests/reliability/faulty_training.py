@@ -8,6 +8,7 @@ FOLDER/starts has a line with the time for every start of a process.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import signal
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from toy_training import ToyDenoiser, ToyReward, run_toy
 
 from torch_utils import checkpoint, distributed
@@ -94,6 +96,22 @@ def share_one_gpu() -> None:
         os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "LOCAL_RANK": "0"}
 
 
+def end_as_nccl_does() -> None:
+    """Make the group's orderly end a meeting of all ranks without a limit, as NCCL's is; Gloo's waits for nobody."""
+    join, leave = distributed._join_group, dist.destroy_process_group
+    meeting = []
+
+    def joining(*arguments):
+        join(*arguments)
+        meeting.append(dist.new_group(timeout=datetime.timedelta(hours=1), backend="gloo"))
+
+    def leaving():
+        dist.barrier(meeting.pop())
+        leave()
+
+    distributed._join_group, dist.destroy_process_group = joining, leaving
+
+
 def main() -> None:
     phase, step, rank, name, folder, device, config, resume, *overrides = sys.argv[1:]
     with open(Path(folder) / "starts", "a") as file:
@@ -101,6 +119,8 @@ def main() -> None:
     Fault(phase, int(step), int(rank), signal.Signals[f"SIG{name}"], Path(folder))
     if device == "cuda":
         share_one_gpu()
+    else:
+        end_as_nccl_does()
     signum = run_toy(Path(config), resume, overrides, device=device)
     if signum:
         sys.exit(128 + signum)

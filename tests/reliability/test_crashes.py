@@ -19,6 +19,7 @@ import torch
 from toy_training import run_toy, write_files
 
 from torch_utils.checkpoint import load_checkpoint
+from torch_utils.distributed import LEAVE_S
 from training.ppo.run_dir import RunDirectory
 
 pytestmark = pytest.mark.reliability
@@ -138,6 +139,39 @@ def test_a_rank_that_hangs_is_named_and_replaced(tmp_path, undisturbed):
         "rank 0 stops, for another one is lost or hangs: [Rank 0]: Rank 1 failed to pass monitoredBarrier" in messages
     )
     assert_as_undisturbed(only_run(tmp_path), undisturbed)
+
+
+LEAVING = """
+import atexit, time
+import click
+from torch_utils import distributed
+from torch_utils.errors import UserError, user_errors
+
+@user_errors
+def main():
+    with distributed.joined("cpu"):
+        distributed.barrier()
+        if distributed.rank() == 1:
+            time.sleep(1000)
+        atexit.register(time.sleep, 1000)
+        raise UserError("the disk is gone")
+
+click.command()(main)()
+"""
+
+
+def test_an_error_is_said_and_ends_the_process_whatever_its_libraries_wait_for(tmp_path):
+    program = tmp_path / "leaving.py"
+    program.write_text(LEAVING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    process = subprocess.Popen(command, env=environment(), text=True, stderr=subprocess.PIPE, start_new_session=True)
+    for line in process.stderr:
+        if "Error: the disk is gone" in line:
+            break
+    said = time.monotonic()
+    rest = finish(process, LEAVE_S + 20)
+    assert process.returncode == 1 and "SIGALRM" in rest
+    assert LEAVE_S - 2 < time.monotonic() - said < LEAVE_S + 5
 
 
 def children(root: Path) -> list[int]:

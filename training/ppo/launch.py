@@ -50,13 +50,10 @@ def launch(config: Config, resume: str, device: str) -> int:
     from torch_utils import distributed
     from training.ppo.inputs import load_inputs
 
-    distributed.init(device, config.run.timeout_minutes)
-    try:
+    with distributed.joined(device, config.run.timeout_minutes):
         distributed.on_main(lambda: check_world_size(config, distributed.world_size()))
         inputs = distributed.on_main(lambda: load_inputs(config))
         return train(config, inputs, load_models(config), resume)
-    finally:
-        distributed.shutdown()
 
 
 def load_backbone(config: Config) -> Denoiser:

@@ -264,13 +264,10 @@ def score_folder(request: ScoreRequest, metric: str, load_reward: Callable[[torc
     images = collect_images(request.images, request.pattern, request.prompts)
     if request.output_json is not None:
         check_output(request.output_json, metric, images.folder)
-    distributed.init(request.device)
-    try:
+    with distributed.joined(request.device):
         device = distributed.device()
         reward = load_reward(device)
         values = score_images(reward, images.entries, request.batch_size, device)
-    finally:
-        distributed.shutdown()
     record = make_record(reward, images, values)
     click.echo(format_summary(record))
     if request.output_json is not None:

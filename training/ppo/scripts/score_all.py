@@ -91,13 +91,10 @@ def main(
     check_comparison_outputs(output_json, table_path)
     sets = collect_sets(folders, pattern, prompts, allow_missing)
     found = {name: check_reward_weights(name, paths.get(name)) for name in names}
-    distributed.init(device)
-    try:
+    with distributed.joined(device):
         options = {"device": distributed.device(), "batch_size": batch_size, "amp": amp}
         loaders = {name: lambda name=name: create_reward(name, weights=found[name], **options) for name in names}
         records = score_sets(sets, loaders, output_json.parent, batch_size, options["device"])
-    finally:
-        distributed.shutdown()
     check_readable(records, allow_missing)
     reference = folder_labels([folder.as_posix() for folder in folders])[0]
     comparison = compare(records, reference, allow_missing=allow_missing)
