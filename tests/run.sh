@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The test command: sets up its own environment, checks style, runs the tests. Arguments go to pytest.
+# The test command: sets up its own environment, checks style and types, runs the tests. Arguments go to pytest.
 #
 #   bash tests/run.sh         the quick ones: under ten minutes on two cores
 #   bash tests/run.sh --all   all, the slow ones and those that kill processes and spoil files, too
@@ -13,6 +13,8 @@ fi
 ensure_python test
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 run "$PYTHON" -m ruff check .
+run "$PYTHON" -m ruff format --check .
+run "$PYTHON" -m mypy
 parallel=(--numprocesses=auto --maxprocesses=8 --dist=worksteal)
 if [ "${1:-}" = --all ]; then
     run "$PYTHON" -m pytest "${parallel[@]}" -m "not reliability"

@@ -200,7 +200,7 @@ def test_marks_say_what_is_needed_or_who_runs_it():
         file = RUN_BY.fullmatch(block.mark)
         assert file, f"{block.page}: <!-- {block.mark} -->"
         source = (ROOT / file[1]).read_text(encoding="utf-8")
-        named = re.findall(r"epd-[a-z-]+|[\w./]+\.sh|\w+\.py|training\.[\w.]+", " ".join(block.commands))
+        named = re.findall(r"epd-[a-z-]+|[\w./]+\.sh\b|\w+\.py|training\.[\w.]+", " ".join(block.commands))
         assert named and all(name in source for name in named), f"{block.page}: {file[1]} has not all of {named}"
 
 
