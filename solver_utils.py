@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -220,7 +221,7 @@ def _model_time(schedule_type: str, net, shift: float | None) -> tuple[Callable,
 # Options and nodes.
 
 
-def check_options(solver: str, options: Mapping[str, object]) -> None:
+def check_options(solver: str, options: Mapping[str, Any]) -> None:
     """Raise SolverError for an unknown solver, an option that it does not take, or a value out of range."""
     if solver not in SOLVER_OPTIONS:
         raise SolverError(f"unknown solver '{solver}'; use one of {', '.join(SOLVER_OPTIONS)}")

@@ -17,7 +17,9 @@ u = sigma_{i+1}; the data prediction of a slope d at (x, t) is x - t d, for flow
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -124,7 +126,7 @@ def edm_sampler(
 
     def step(i, x, t, u):
         t_hat = t
-        if churned[i]:
+        if randn_like is not None and churned[i]:
             t_hat = (1 + gamma) * t
             x = x + (t_hat**2 - t**2).sqrt() * s_noise * randn_like(x)
         d = _node_slope(net, x, t_hat, cond, afs and i == 0)
@@ -199,7 +201,7 @@ def dpmpp_sampler(
     lams = half_logsnr(torch.tensor(nodes, dtype=torch.float64), net.is_flow)
     histories = multistep_histories(lams.tolist(), max_order, lower_order_final)
     weights = [dpmpp_weights(lam_u, known).tolist() for lam_u, known in zip(lams[1:], histories, strict=True)]
-    data = deque(maxlen=max_order)
+    data: deque[Tensor] = deque(maxlen=max_order)
 
     def step(i, x, t, u):
         data.appendleft(x - t * _node_slope(net, x, t, cond, afs and i == 0))
@@ -230,8 +232,8 @@ def unipc_sampler(
     nodes = check_nodes("unipc", sigmas, net.is_flow, afs)
     lams = half_logsnr(torch.tensor(nodes, dtype=torch.float64), net.is_flow).tolist()
     predict, correct = unipc_plan(lams, max_order, variant, lower_order_final)
-    data = deque(maxlen=max_order)
-    last = []  # node and corrected state there
+    data: deque[Tensor] = deque(maxlen=max_order)
+    last: list[Tensor] = []  # node and corrected state there
 
     def step(i, x, t, u):
         new = x - t * _node_slope(net, x, t, cond, afs and i == 0)
@@ -295,8 +297,7 @@ def epd_ipndm_sampler(
     The Adams-Bashforth direction of the node slopes, not the last slope alone, leads to the intermediate points; the
     ensemble of the slopes there makes the step. `max_order` 1 is `epd_sampler`. Table, cost, `max_rows` as there.
     """
-    options = {"max_order": max_order, "max_rows": max_rows}
-    steps = EPDIpndmSteps(x, sigmas, table, is_flow=net.is_flow, afs=afs, **options)
+    steps = EPDIpndmSteps(x, sigmas, table, max_order=max_order, is_flow=net.is_flow, afs=afs, max_rows=max_rows)
     return _walk(lambda i, x, t, u: steps.step(net, i, x, cond), x, sigmas, callback)
 
 
@@ -319,8 +320,16 @@ def epd_dpmpp_sampler(
     sum_k w_k (x_k - tau_k c_k d_k), takes its place in the exponential step. With `max_order` 1 and one point half way
     in log SNR this is DPM-Solver++(2S). Order 2 for points with mean 1/2. Table, cost, `max_rows` as in `epd_sampler`.
     """
-    options = {"max_order": max_order, "lower_order_final": lower_order_final, "max_rows": max_rows}
-    steps = EPDDpmppSteps(x, sigmas, table, is_flow=net.is_flow, afs=afs, **options)
+    steps = EPDDpmppSteps(
+        x,
+        sigmas,
+        table,
+        max_order=max_order,
+        lower_order_final=lower_order_final,
+        is_flow=net.is_flow,
+        afs=afs,
+        max_rows=max_rows,
+    )
     return _walk(lambda i, x, t, u: steps.step(net, i, x, cond), x, sigmas, callback)
 
 
@@ -376,7 +385,7 @@ def _multistep(
     net, x: Tensor, sigmas: Tensor, cond, weights: Sequence[Sequence[float]], afs: bool, callback: Callback | None
 ) -> Tensor:
     """x_u = x_t + sum_j weights[i][j] d_j over the last slopes, newest first."""
-    history = deque(maxlen=max(len(row) for row in weights))
+    history: deque[Tensor] = deque(maxlen=max(len(row) for row in weights))
 
     def step(i, x, t, u):
         history.appendleft(_node_slope(net, x, t, cond, afs and i == 0))
@@ -387,7 +396,7 @@ def _multistep(
 
 def _weighted_sum(weights: Sequence[float | Tensor], history: Iterable[Tensor]) -> Tensor:
     """Of the newest entries, as many as there are weights."""
-    return sum(weight * part for weight, part in zip(weights, history, strict=False))
+    return functools.reduce(operator.add, (weight * part for weight, part in zip(weights, history, strict=False)))
 
 
 def _per_point(part: Tensor, x: Tensor) -> Tensor:
@@ -512,7 +521,7 @@ class EPDIpndmSteps(EPDSteps):
     ):
         check_options(self.solver, {"max_order": max_order})
         super().__init__(x, sigmas, table, is_flow=is_flow, afs=afs, max_rows=max_rows)
-        self.history = deque(maxlen=max_order)
+        self.history: deque[Tensor] = deque(maxlen=max_order)
 
     def reach(self, i: int, x: Tensor, d: Tensor) -> Tensor:
         self.history.appendleft(d)
@@ -544,7 +553,7 @@ class EPDDpmppSteps(EPDSteps):
         for lam_u, known in zip(lam_points, multistep_histories(lams, max_order, lower_order_final), strict=True):
             self.weights.append(_per_point(dpmpp_weights(lam_u, known), x).unbind(2))
         self.share = _per_point(self.points.tau / self.points.t, x)
-        self.data = deque(maxlen=max_order)
+        self.data: deque[Tensor] = deque(maxlen=max_order)
 
     def reach(self, i: int, x: Tensor, d: Tensor) -> Tensor:
         self.data.appendleft(x - self.nodes[i] * d)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_utils.checkpoint import CheckpointError, load_tensors
 from torch_utils.errors import UserError
 from training.ppo.reward_base import looks_like
 
+if TYPE_CHECKING:
+    from open_clip import CLIP
+
 ARCHITECTURE = "ViT-H-14"
 
 
-def build_model(architecture: str = ARCHITECTURE, device: torch.device | str = "cpu") -> nn.Module:
+def build_model(architecture: str = ARCHITECTURE, device: torch.device | str = "cpu") -> CLIP:
     """Build an open_clip CLIP model with random float32 weights, in evaluation mode.
 
     Its `encode_image` and `encode_text` take `[N, 3, S, S]` float and `[N, context_length]` int64 tensors.

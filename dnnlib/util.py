@@ -6,12 +6,12 @@ import fcntl
 import hashlib
 import http.client
 import os
-import queue
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -163,22 +163,19 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
 
     Timeouts given to network calls do not bound the look-up of names, nor several attempts one after the other.
     """
-    answers: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
-            answers.put((ask(), None))
+            answer.set_result(ask())
         except Exception as error:
-            answers.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
-    if error is not None:
-        raise error
-    return answer
+    wait([answer], seconds)
+    if not answer.done():
+        raise TimeoutError(f"no answer within {seconds:g} seconds")
+    return answer.result()
 
 
 def _check_sha256(actual: str, expected: str, what: str) -> None:

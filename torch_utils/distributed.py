@@ -121,7 +121,8 @@ def _join_group(chosen: torch.device, timeout_minutes: float) -> None:
             device_id=chosen if chosen.type == "cuda" else None,
         )
         # Of NCCL's ranks nobody could say which one is missing.
-        _roll_call = dist.group.WORLD if chosen.type == "cpu" else dist.new_group(timeout=_timeout, backend="gloo")
+        # The -100 in new_group's type is for ranks outside of the group.
+        _roll_call = dist.group.WORLD if chosen.type == "cpu" else dist.new_group(timeout=_timeout, backend="gloo")  # type: ignore[assignment]
     except (RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise DistributedError(
@@ -150,11 +151,12 @@ def shutdown() -> None:
 def _abandon() -> None:
     """Forget the device and see to it that this process can end, whatever the other ranks of its group do."""
     global _device, _roll_call
-    if dist.is_initialized():
+    world = dist.group.WORLD
+    if world is not None:
         # NCCL's orderly end would wait here for a rank that hangs, and the message of the error with it.
         signal.alarm(LEAVE_S)
         if dist.get_backend() == "nccl":
-            atexit.register(dist.group.WORLD.abort)
+            atexit.register(world.abort)
     _device = _roll_call = None
 
 
@@ -258,13 +260,13 @@ def broadcast_object(obj: T, src: int = 0) -> T:
 
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and give its result to all ranks; its `UserError` ends them all, told once."""
-    outcome: T | UserError | None = None
+    outcomes: list[T | UserError] = []
     if is_main():
         try:
-            outcome = function()
+            outcomes.append(function())
         except UserError as error:
-            outcome = error
-    outcome = broadcast_object(outcome)
+            outcomes.append(error)
+    (outcome,) = broadcast_object(outcomes)
     if isinstance(outcome, UserError):
         if is_main():
             raise outcome

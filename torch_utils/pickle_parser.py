@@ -11,8 +11,9 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import UnionType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -113,12 +114,13 @@ class _Machine:
             f"the pickle has more than {self.dialect.max_opcodes} opcodes, far more than {self.dialect.kind} needs"
         )
 
-    def _read(self) -> tuple[str, object]:
+    def _read(self) -> tuple[str, Any]:
+        """Name and argument of the next opcode; the kind of the argument is the opcode's."""
         offset = self.stream.tell()
         code = self.stream.read(1)
         if not code:
             raise PickleError("the pickle is cut short")
-        opcode = pickletools.code2op.get(code.decode("latin-1"))
+        opcode = OPCODES.get(code.decode("latin-1"))
         if opcode is None or opcode.name not in self.dialect.opcodes:
             label = f"byte 0x{code.hex()}" if opcode is None else f"opcode {opcode.name}"
             raise PickleError(f"pickle {label} at offset {offset} is not allowed in {self.dialect.kind}")
@@ -127,7 +129,7 @@ class _Machine:
         except ValueError as error:  # pickletools reports every malformed or truncated argument so
             raise PickleError(f"the pickle is damaged or cut short at offset {offset}") from error
 
-    def _step(self, opcode: str, arg: object):
+    def _step(self, opcode: str, arg: Any):
         push = self.stack.append
         match opcode:
             case "PROTO" | "FRAME":

@@ -88,7 +88,7 @@ def check_torch_file(file: BinaryIO) -> None:
         with zipfile.ZipFile(CappedFile(file)) as archive:
             _check_archive(archive, size)
     else:
-        _check_legacy(CappedFile(file), size)
+        _check_legacy(CappedFile(file), size)  # type: ignore[arg-type]  # BinaryIO asks for more than is read here
 
 
 def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
@@ -105,12 +105,12 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
         raise PickleError("the archive does not hold one data.pkl")
     if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
         raise PickleError(f"its pickle has more than {MAX_PICKLE_BYTES} bytes")
-    with archive.open(members[pickles[0]]) as member:
-        content = parse_pickle(io.BytesIO(b"".join(iter(lambda: member.read(READ_BYTES), b""))), DIALECT)
+    with archive.open(members[pickles[0]]) as file:
+        content = parse_pickle(io.BytesIO(b"".join(iter(lambda: file.read(READ_BYTES), b""))), DIALECT)
     folder = pickles[0].removesuffix("data.pkl")
     for kind, key, count in _storages(content):
-        member = members.get(f"{folder}data/{key}")
-        if member is None or member.file_size != count * ITEM_BYTES[kind]:
+        storage = members.get(f"{folder}data/{key}")
+        if storage is None or storage.file_size != count * ITEM_BYTES[kind]:
             raise PickleError(f"storage {quote(key)} does not have the {quote(count)} numbers that it should")
 
 
@@ -146,7 +146,7 @@ def _check_tensor(arguments: tuple) -> None:
         case _:
             raise PickleError("it has a tensor without a storage")
     numbers = (count, offset, *size, *stride)
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+    if not isinstance(count, int) or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
         raise PickleError("it has a tensor of an impossible shape")
     if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
         raise PickleError("it has a tensor of an impossible shape")

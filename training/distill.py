@@ -72,7 +72,7 @@ def distill(
     from solver_utils import check_nodes
     from solvers import SOLVERS, epd_sampler
     from training.generate import initial_latents, table_schedule
-    from training.solver_table import ARRAYS, SolverTable
+    from training.solver_table import SolverTable
 
     plan = teacher_plan(start, options)
     grid = grid_positions(options.grid_points, start.num_points)
@@ -98,8 +98,14 @@ def distill(
             rows.append(row)
             errors.append(_relative_distance(reached, x, target))
             x = reached
-    arrays = {name: torch.cat([getattr(row, name) for row in rows]) for name in ARRAYS}
-    return Distilled(replace(start, **arrays), errors)
+    table = replace(
+        start,
+        positions=torch.cat([row.positions for row in rows]),
+        weights=torch.cat([row.weights for row in rows]),
+        scale_dir=torch.cat([row.scale_dir for row in rows]),
+        scale_time=torch.cat([row.scale_time for row in rows]),
+    )
+    return Distilled(table, errors)
 
 
 def teacher_plan(start: SolverTable, options: DistillConfig) -> SamplingPlan:
@@ -174,21 +180,27 @@ class _Watched:
 
 
 def teacher_states(
-    solver: Callable[..., Tensor], net: Denoiser, x: Tensor, fine: Tensor, every: int, cond: TextCond, max_rows: int
+    solver: Callable[..., Tensor],
+    net: Denoiser | _Watched,
+    x: Tensor,
+    fine: Tensor,
+    every: int,
+    cond: TextCond,
+    max_rows: int,
 ) -> list[Tensor]:
     """The states `[B, C, H, W]` that `solver` passes at every `every`-th node, the first included, from x at node 0."""
     import torch
 
     parts = []
     for rows in _parts(len(x), max_rows):
-        passed = []
+        passed: list[Tensor] = []
         solver(net, x[rows], fine, cond[rows], callback=lambda i, state, sigma, passed=passed: passed.append(state))
         parts.append(passed[::every])
     return [torch.cat(states) for states in zip(*parts, strict=True)]
 
 
 def residual_gram(
-    net: Denoiser,
+    net: Denoiser | _Watched,
     x: Tensor,
     target: Tensor,
     interval: Tensor,

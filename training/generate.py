@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,17 +50,41 @@ EXPLICIT = "explicit"  # the schedule type of nodes given one by one
 SIGMA_MAX_MARGIN = 1.001  # how far beyond the model's sigma_max a rounded first node may lie
 
 
-def table_schedule(made_for: SolverTable | SamplingPlan, net: Denoiser) -> Tensor:
+class HasNoiseLevels(Protocol):
+    """What schedules ask of a `Denoiser`."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def sigma_min(self) -> float: ...
+    @property
+    def sigma_max(self) -> float: ...
+    @property
+    def is_flow(self) -> bool: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def sigma_inv(self, sigma: Tensor) -> Tensor: ...
+
+
+def table_schedule(made_for: SolverTable | SamplingPlan, net: HasNoiseLevels) -> Tensor:
     """Nodes that a table or plan is made for, float64 `[num_steps]`; a range that it leaves open is the model's."""
     sigma_min = net.sigma_min if made_for.sigma_min is None else made_for.sigma_min
     sigma_max = net.sigma_max if made_for.sigma_max is None else made_for.sigma_max
-    schedule = made_for.schedule_type, made_for.schedule_rho
     shift, mu = time_shift(made_for)
     _check_first(sigma_max, net)
-    return get_schedule(made_for.num_steps, sigma_min, sigma_max, net.device, *schedule, net, shift=shift, mu=mu)
+    return get_schedule(
+        made_for.num_steps,
+        sigma_min,
+        sigma_max,
+        net.device,
+        made_for.schedule_type,
+        made_for.schedule_rho,  # type: ignore[arg-type]  # None only with explicit nodes
+        net,
+        shift=shift,
+        mu=mu,
+    )
 
 
-def _check_first(sigma: float, net: Denoiser) -> None:
+def _check_first(sigma: float, net: HasNoiseLevels) -> None:
     """Raise SolverError for a first node beyond the noise levels that the model was trained on."""
     if sigma > (1.0 if net.is_flow else SIGMA_MAX_MARGIN * net.sigma_max):
         raise SolverError(
@@ -140,16 +165,24 @@ class SamplingPlan:
         if self.table is not None and self.table.is_batched:
             raise SolverError(f"sampling takes one table, not {len(self.table.positions)}; pick one of them")
         check_model(self.dataset_name, self.guidance_type, self.guidance_rate, self.model_path, self.precision)
-        if self.sigmas_list is not None:
-            explicit_schedule(self.nodes())
-            if (self.schedule_type, self.num_steps) != (EXPLICIT, len(self.sigmas_list)):
+        nodes = self.nodes()
+        if nodes is not None:
+            explicit_schedule(nodes)
+            given = len(nodes) - self.to_zero
+            if (self.schedule_type, self.num_steps) != (EXPLICIT, given):
                 raise SolverError(
-                    f"{len(self.sigmas_list)} explicit sigmas do not make a schedule {self.schedule_type} of "
-                    f"{self.num_steps} nodes"
+                    f"{given} explicit sigmas do not make a schedule {self.schedule_type} of {self.num_steps} nodes"
                 )
             return
-        schedule = self.schedule_type, self.num_steps, self.sigma_min, self.sigma_max, self.schedule_rho
-        check_schedule(*schedule, self.flowmatch_shift, self.flowmatch_mu)
+        check_schedule(
+            self.schedule_type,
+            self.num_steps,
+            self.sigma_min,
+            self.sigma_max,
+            self.schedule_rho,  # type: ignore[arg-type]  # None only with explicit nodes
+            self.flowmatch_shift,
+            self.flowmatch_mu,
+        )
         check_model_schedule(self.dataset_name, self.schedule_type)
 
     def nfe(self) -> NFE:
@@ -166,13 +199,14 @@ class SamplingPlan:
         """`sigmas_list` with a last 0 where `to_zero` asks for it; None for schedules that need the model's range."""
         return None if self.sigmas_list is None else [*self.sigmas_list, *[0.0] * self.to_zero]
 
-    def sigmas(self, net: Denoiser) -> Tensor:
+    def sigmas(self, net: HasNoiseLevels) -> Tensor:
         """Nodes of the run: float64, with a last 0 where `to_zero` asks for it. Raises SolverError."""
-        if self.sigmas_list is None:
+        given = self.nodes()
+        if given is None:
             nodes = table_schedule(self, net)
             return torch.cat([nodes, nodes.new_zeros(1)]) if self.to_zero else nodes
-        _check_first(self.sigmas_list[0], net)
-        return explicit_schedule(self.nodes(), net.device)
+        _check_first(given[0], net)
+        return explicit_schedule(given, net.device)
 
     def sampler(self, seeds: Sequence[int], max_rows: int | None = None) -> Sampler:
         """The solver with its options; noise that it draws on the way comes from the image's seed too.

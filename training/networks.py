@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
@@ -25,6 +26,9 @@ class EPD_predictor(torch.nn.Module):
     Every field of `TableMetadata` is an attribute of its name (the two ranges: `scale_dir`, `scale_time`), where the
     published sampler looks for it. Build it with `from_table`.
     """
+
+    scale_dir: float
+    scale_time: float
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], metadata: TableMetadata):
         """parameters: the four logit arrays of `pickle_reader.PARAMETERS`, each `[N-1, K]`, stored as float32."""
@@ -87,7 +91,7 @@ class EPD_predictor(torch.nn.Module):
         return cls(tensors, _metadata(attributes))
 
 
-def _metadata(attributes: Mapping[str, object]) -> TableMetadata:
+def _metadata(attributes: Mapping[str, Any]) -> TableMetadata:
     """Metadata from the attributes of a predictor; absent ones take their defaults, unknown ones are dropped."""
     stored = {field.name: _ATTRIBUTES.get(field.name, field.name) for field in fields(TableMetadata)}
     return TableMetadata(**{field: attributes[name] for field, name in stored.items() if name in attributes})

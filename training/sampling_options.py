@@ -81,13 +81,13 @@ def read_prompts(prompt_file: Path | None, prompt: str | None, seeds: str) -> tu
     from training.prompts import load_prompts, parse_seeds, prompts_for_seeds
 
     numbers = parse_seeds(seeds)
-    if (prompt_file is None) == (prompt is None):
+    if prompt_file is not None and prompt is None:
+        return numbers, prompts_for_seeds(load_prompts(prompt_file), numbers)
+    if prompt_file is not None or prompt is None:
         raise UserError("give the prompts by --prompt-file FILE or by --prompt TEXT, one of the two")
-    if prompt is not None:
-        if not prompt.strip():
-            raise UserError("--prompt is blank")
-        return numbers, [_as_utf8(prompt)] * len(numbers)
-    return numbers, prompts_for_seeds(load_prompts(prompt_file), numbers)
+    if not prompt.strip():
+        raise UserError("--prompt is blank")
+    return numbers, [_as_utf8(prompt)] * len(numbers)
 
 
 def _as_utf8(argument: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -29,8 +29,11 @@ class SolverTable(TableMetadata):
 
     positions: torch.Tensor  # r, strictly increasing along K, inside (0, 1)
     weights: torch.Tensor  # w > 0, each row sums to 1 within 1e-5
-    scale_dir: torch.Tensor | None = None  # c > 0; None becomes ones
-    scale_time: torch.Tensor | None = None  # a > 0; None becomes ones
+    # None only on construction: the scales become ones, the numbers those of the arrays.
+    scale_dir: torch.Tensor = None  # type: ignore[assignment]  # c > 0
+    scale_time: torch.Tensor = None  # type: ignore[assignment]  # a > 0
+    num_steps: int = field(default=None, kw_only=True)  # type: ignore[assignment]
+    num_points: int = field(default=None, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self):
         for name in ARRAYS:

@@ -15,9 +15,12 @@ TABLE_SOLVERS = {"epd": "epd", "ipndm": "epd_ipndm", "dpmpp": "epd_dpmpp"}  # a 
 
 
 class HasShift(Protocol):
-    schedule_type: str
-    flowmatch_mu: float | None
-    flowmatch_shift: float | None
+    @property
+    def schedule_type(self) -> str: ...
+    @property
+    def flowmatch_mu(self) -> float | None: ...
+    @property
+    def flowmatch_shift(self) -> float | None: ...
 
 
 def time_shift(made_for: HasShift) -> tuple[float | None, float | None]:

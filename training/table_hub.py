@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -172,7 +173,7 @@ def _fetch(repo: str, revision: str | None, token: str | bool | None) -> dict[st
             if not offline():
                 # Asked first because this call gives up at once, where the download itself retries for half a minute.
                 url = hf_hub_url(repo, name, revision=revision)
-                answer = within(ANSWER_SECONDS, lambda url=url: get_hf_file_metadata(url, token, TIMEOUT))
+                answer = within(ANSWER_SECONDS, functools.partial(get_hf_file_metadata, url, token, TIMEOUT))
                 if answer.size is not None and answer.size > limit:
                     raise UserError(f"it has {answer.size} bytes, far more than a table needs")
             found[name] = Path(hf_hub_download(repo, name, revision=revision, token=token, local_files_only=offline()))

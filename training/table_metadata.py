@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from torch_utils.errors import UserError
 from torch_utils.untrusted import parse_json
@@ -36,7 +36,7 @@ class TableMetadata:
     sigma_max: float | None = None  # > sigma_min
     afs: bool = False  # replace the first slope by x / sqrt(1 + sigma_0^2)
     backend: str = "ldm"  # backbone family in the published files
-    backend_config: dict | None = None  # plain JSON object, never None once built
+    backend_config: dict = field(default_factory=dict)  # plain JSON object; None, as files have it, becomes {}
     img_resolution: int | None = None  # pixels, as stored: the published SD 1.5 tables say 1024 and sample 512
     flowmatch_mu: float | None = None  # of schedule flowmatch, the log of its time shift; goes before flowmatch_shift
     flowmatch_shift: float | None = None  # of schedule flowmatch, the time shift itself
@@ -54,8 +54,8 @@ class TableMetadata:
     def __post_init__(self):
         if self.backend_config is None:
             object.__setattr__(self, "backend_config", {})
-        for field in fields(TableMetadata):
-            object.__setattr__(self, field.name, _typed(field.name, field.type, getattr(self, field.name)))
+        for entry in fields(TableMetadata):
+            object.__setattr__(self, entry.name, _typed(entry.name, str(entry.type), getattr(self, entry.name)))
         for name, lowest in (("num_steps", 2), ("num_points", 1), ("img_resolution", 1), ("max_order", 1), ("M", 1)):
             value = getattr(self, name)
             if value is not None and value < lowest:

@@ -24,17 +24,18 @@ def resolve_rho(schedule_type: str, schedule_rho: float | None) -> float:
     return 7.0 if schedule_type == "polynomial" else 1.0
 
 
-def write_start_table(snapshot: Path, options: Path, start: dict, metadata: TableMetadata) -> None:
+def write_start_table(
+    snapshot: Path, options: Path, num_steps: int, num_points: int, start: dict, metadata: TableMetadata
+) -> None:
     """Write the start table as `snapshot` (.pkl), and as `options` (JSON) the values that the snapshot reads back as.
 
-    start: `r_base` and `r_epsilon` of `cold_start_table`. metadata: must have `num_steps` and `num_points`.
-    Raises `UserError`.
+    start: `r_base` and `r_epsilon` of `cold_start_table`. Raises `UserError`.
     """
     # Torch takes seconds to import, and --help and --dry-run do without it.
     from torch_utils.checkpoint import atomic_write_text
     from training.table import load_table, save_table
 
-    table = cold_start_table(metadata.num_steps, metadata.num_points, **start)
+    table = cold_start_table(num_steps, num_points, **start)
     save_table(replace(table, **metadata.metadata()), snapshot)
     table = load_table(snapshot)
     values = {"snapshot": snapshot.name, "table_sha256": table.sha256(), **start, **table.to_dict()}
@@ -208,7 +209,7 @@ def main(
     options = {"outdir": str(outdir), "snapshot_step": snapshot_step, **start, **metadata.metadata()}
     click.echo(json.dumps(options, indent=2, allow_nan=False))
     if not dry_run:
-        write_start_table(*files, start, metadata)
+        write_start_table(*files, num_steps, num_points, start, metadata)
         click.echo(f"Wrote {files[0]} and {files[1]}", err=True)
 
 

@@ -23,8 +23,8 @@ __all__ = [
     "check_model",
     "check_model_schedule",
     "create_model",
-    "download_key",
     "find_model",
+    "model_weights",
     "note_resolution",
 ]
 
@@ -33,21 +33,20 @@ EMBEDDED = SOURCES / "embedded"
 
 @dataclass(frozen=True)
 class Backbone:
-    """`folder`: where the weights lie in the checkout; `asset`: or the key by which they are downloaded.
+    """`configs`: the configurations for weights in a single file, in diffusers' folder layout.
 
-    `configs`: the configurations for weights in a single file, in diffusers' folder layout.
+    `asset`: the key by which the weights are downloaded; None where they lie beside the configurations.
     `is_flow`: as of its Denoiser, known here before the weights are.
     """
 
     title: str
     configs: Path
-    folder: Path | None = None
     asset: str | None = None
     is_flow: bool = False
 
 
 BACKBONES = {
-    "emoji": Backbone("the embedded model", EMBEDDED, folder=EMBEDDED),
+    "emoji": Backbone("the embedded model", EMBEDDED),
     "ms_coco": Backbone("Stable Diffusion v1.5", SOURCES / "stable-diffusion-v1", asset="ms_coco"),
 }
 GUIDANCE_TYPES = ("cfg",)
@@ -64,6 +63,15 @@ def check_model(
 
     Returns the model's folder or file, or None where it would have to be downloaded.
     """
+    _check_arguments(dataset_name, guidance_type, guidance_rate, precision)
+    weights = model_weights(dataset_name, model_path)
+    source = locate(weights) if isinstance(weights, str) else weights
+    if source is not None:
+        check_source(source)
+    return source
+
+
+def _check_arguments(dataset_name: str, guidance_type: str, guidance_rate: float, precision: str) -> None:
     if dataset_name not in BACKBONES:
         raise ModelError(f"unknown dataset_name {dataset_name!r}; use one of {', '.join(BACKBONES)}")
     if guidance_type not in GUIDANCE_TYPES:
@@ -72,21 +80,16 @@ def check_model(
         raise ModelError(f"guidance_rate {guidance_rate} must be a number from 0 on (1 is unguided)")
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
-    key = download_key(dataset_name, model_path)
-    here = BACKBONES[dataset_name].folder if model_path is None else model_path
-    source = locate(key) if key is not None else Path(here)
-    if source is not None:
-        check_source(source)
-    return source
 
 
-def download_key(dataset_name: str, model_path: str | Path | None) -> str | None:
-    """Key of the weights for `check_file_by_key`; None where they are a file or folder of this machine."""
+def model_weights(dataset_name: str, model_path: str | Path | None) -> Path | str:
+    """The folder or file of this machine that the weights are in, or their key for `check_file_by_key`."""
     if model_path is None:
-        return BACKBONES[dataset_name].asset
+        backbone = BACKBONES[dataset_name]
+        return backbone.asset or backbone.configs
     path = Path(model_path)
     is_id = is_hub_id(str(model_path)) and path.suffix not in SUFFIXES and not path.exists()
-    return str(model_path) if is_id else None
+    return str(model_path) if is_id else path
 
 
 def check_model_schedule(dataset_name: str, schedule_type: str) -> None:
@@ -106,10 +109,10 @@ def find_model(
     precision: str = "float32",
 ) -> Path:
     """The folder or file that `create_model` will read, downloaded if need be; arguments and errors are the same."""
-    source = check_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
-    if source is None:
-        source = check_file_by_key(download_key(dataset_name, model_path))
-        check_source(source)
+    _check_arguments(dataset_name, guidance_type, guidance_rate, precision)
+    weights = model_weights(dataset_name, model_path)
+    source = check_file_by_key(weights) if isinstance(weights, str) else weights
+    check_source(source)
     return source
 
 

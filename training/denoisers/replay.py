@@ -74,9 +74,13 @@ class Replayed:
         started = time.perf_counter()
         # The compiler's helpers stay in memory, some hundred MB each: the ranks of a machine share its cores.
         helpers = max(min(8, len(os.sched_getaffinity(0)) // distributed.local_world_size()), 1)
-        options = COMPILE_MODES[self.mode] | {"compile_threads": helpers}
         try:
-            compiled = torch.compile(self.function, dynamic=False, fullgraph=True, options=options)
+            compiled = torch.compile(
+                self.function,
+                dynamic=False,
+                fullgraph=True,
+                options={**COMPILE_MODES[self.mode], "compile_threads": helpers},
+            )
             self.graphs[shape] = _Graph(compiled, inputs, self.pool)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.active = False
@@ -93,7 +97,9 @@ class Replayed:
 class _Graph:
     """One call of `function` on inputs of fixed shapes, recorded."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: tuple[int, int]):
+    def __init__(
+        self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: torch.cuda._POOL_HANDLE | None
+    ):
         self.inputs = [part.clone() for part in inputs]
         # Compilation and the libraries' first calls allocate and wait, which a capture must not.
         stream = torch.cuda.Stream()

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class NoiseTable:
         self.log_alpha = 0.5 * torch.log1p(-betas).cumsum(0)  # [n] float64, falling
         self.times = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
 
-    def to(self, device: torch.device) -> NoiseTable:
+    def to(self, device: torch.device) -> Self:
         self.log_alpha, self.times = self.log_alpha.to(device), self.times.to(device)
         return self
 

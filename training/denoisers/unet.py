@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class BranchedUNet(nn.Module):
         self.config = unet.config
         self.time_proj, self.time_embedding = unet.time_proj, unet.time_embedding
         self.conv_in, self.norm_out, self.conv_out = unet.conv_in, unet.conv_norm_out, unet.conv_out
-        self.down, self.up = (nn.ModuleList(map(Level, blocks)) for blocks in (unet.down_blocks, unet.up_blocks))
+        self.down, self.up = _levels(unet.down_blocks), _levels(unet.up_blocks)
         self.middle = Level(unet.mid_block)
         blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
         self.of_time = Joined([resnet.time_emb_proj for block in blocks for resnet in block.resnets])
@@ -86,8 +86,9 @@ class Level(nn.Module):
     def __init__(self, block: nn.Module):
         super().__init__()
         # The middle block ends with a lone ResNet, others may have no transformers.
-        self.layers = nn.ModuleList(Layer(*pair) for pair in zip_longest(block.resnets, _children(block, "attentions")))
-        self.resize = None
+        pairs = zip_longest(_children(block, "resnets"), _children(block, "attentions"))
+        self.layers = nn.ModuleList(Layer(*pair) for pair in pairs)
+        self.resize: nn.Module | None = None
         for downsampler in _children(block, "downsamplers"):
             self.resize = downsampler.conv
         for upsampler in _children(block, "upsamplers"):
@@ -143,9 +144,9 @@ class Transformer(nn.Module):
         """`h [B, C, H, W]` or `[R, C, H, W]` => `[R, C, H, W]`; `k` and `v [R, length, C]` of the prompts."""
         start = _as_many(_tokens(h), len(k))
         tokens = self.proj_in(_tokens(_normalized(self.norm, h)))
-        tokens = tokens + self.out1(_attend(*self.of_tokens(self.norm1(tokens)), self.heads))
+        tokens = tokens + self.out1(_attend(*self.of_tokens(self.norm1(tokens)), heads=self.heads))
         tokens = _as_many(tokens, len(k))
-        tokens = tokens + self.out2(_attend(self.query2(self.norm2(tokens)), k, v, self.heads))
+        tokens = tokens + self.out2(_attend(self.query2(self.norm2(tokens)), k, v, heads=self.heads))
         value, gate = self.gated(self.norm3(tokens)).chunk(2, dim=-1)
         return _picture(start + self.of_rest(tokens) + self.of_gated(value * F.gelu(gate)), h)
 
@@ -156,7 +157,7 @@ class Joined(nn.Module):
     def __init__(self, layers: Sequence[nn.Linear]):
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
-        biases = [layer.bias for layer in layers]
+        biases: list[Tensor] = [layer.bias for layer in layers]
         weight = torch.cat([layer.weight for layer in layers])
         self.layer = _linear(weight, None if biases[0] is None else torch.cat(biases))
 
@@ -201,15 +202,22 @@ def check_plain(unet: UNet2DConditionModel) -> None:
             raise ModelError(f"the UNet has {name} {value!r}, which no Stable Diffusion 1.x has; choose another model")
 
 
-def _children(block: nn.Module, name: str) -> Iterable[nn.Module]:
-    """The block's modules of that kind; not every kind of block has them."""
-    return dict(block.named_children()).get(name, ())
+def _levels(blocks: Iterable[nn.Module]) -> Iterable[Level]:
+    """A ModuleList."""
+    return cast("Iterable[Level]", nn.ModuleList(map(Level, blocks)))  # torch types its items as mere modules
+
+
+def _children(block: nn.Module, name: str) -> Iterable[Any]:
+    """The block's modules of that kind, of diffusers' classes; not every kind of block has them."""
+    children = dict(block.named_children()).get(name)
+    return children if isinstance(children, nn.ModuleList) else ()
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return layer
 
 
@@ -262,7 +270,7 @@ def _normalized(norm: nn.GroupNorm, h: Tensor) -> Tensor:
     return (h.float() * scale.view(len(h), -1, 1, 1) + shift.view(len(h), -1, 1, 1)).to(h.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class ModelNoise(NoiseTable):
         self.sigma_max = self.sigma(torch.ones(())).item()
         self.device = torch.device("cpu")
 
-    def to(self, device: torch.device) -> ModelNoise:
+    def to(self, device: torch.device) -> Self:
         self.device = device
         return super().to(device)
 

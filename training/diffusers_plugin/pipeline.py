@@ -37,7 +37,7 @@ def apply_epd(pipe: StableDiffusionPipeline, table: Source, *, max_rows: int | N
     check_options("epd", {"max_rows": max_rows})
     scheduler = EPDScheduler.from_table(table, pipe.scheduler.config)
     epd = EPDPipeline.__new__(EPDPipeline)
-    vars(epd).update(vars(pipe))
+    epd.__dict__.update(vars(pipe))
     epd.register_modules(scheduler=scheduler)
     epd.max_rows = max_rows
     return epd

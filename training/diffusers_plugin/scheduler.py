@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,17 @@ class EPDSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
+@dataclass
+class _Interval:
+    """The interval that a run is in."""
+
+    steps: EPDSteps  # of the whole run
+    number: int  # in `steps`
+    x: Tensor  # state at its node
+    points: Tensor  # [B, K, C, H, W]
+    slopes: list[Tensor] = field(default_factory=list)  # at the points so far
+
+
 class EPDScheduler(SchedulerMixin, ConfigMixin):
     """EPD-Solver (arXiv 2507.14797) one network evaluation at a time.
 
@@ -51,6 +62,10 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
 
     # Whose entries a configuration may keep, so that another scheduler can be made of it again.
     _compatibles: ClassVar[list[str]] = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+
+    _step_index: int | None
+    _begin_index: int | None
+    _interval: _Interval | None  # None before the first evaluation
 
     @register_to_config
     def __init__(
@@ -99,8 +114,9 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         if first > 0:
             rest = {name: getattr(table, name)[first:] for name in ARRAYS}
             table = replace(table, num_steps=table.num_steps - first, **rest)
-        options = {**self.plan.options, "afs": self.plan.afs and first == 0, "max_rows": max_rows}
-        return TABLE_STEPS[self.plan.solver](x, self.nodes[first:], table, **options)
+        afs = self.plan.afs and first == 0
+        kind = TABLE_STEPS[self.plan.solver]
+        return kind(x, self.nodes[first:], table, afs=afs, max_rows=max_rows, **self.plan.options)
 
     # The protocol of diffusers' schedulers.
 
@@ -140,12 +156,7 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             )
         self.num_inference_steps = intervals
         self.timesteps = self.noise.timestep(self.levels).to(device)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-        self._first = 0  # interval that the run starts from
-        self._steps: EPDSteps | None = None
-        self._x = self._points = None  # state at the interval's node, points [B, K, C, H, W]
-        self._slopes: list[Tensor] = []  # at the points so far
+        self._step_index = self._begin_index = self._interval = None
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """Index of the first evaluation at `timestep`, an entry of `timesteps` (or of `schedule_timesteps`)."""
@@ -174,18 +185,19 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
         interval, stage = self._place(index)
         here, sigma = self._evaluated(x, index), self.sigmas[index]
         slope = self.noise.slope(model_output.to(x.dtype), here, sigma)
+        present = self._interval
         if stage == 0:
-            self._enter(interval, x, slope)
+            present = self._enter(interval, x, slope)
         else:
-            if index == 0:
-                self._enter(interval, x, analytical_slope(x, self.nodes[0]))
-            self._slopes.append(slope)
-        if len(self._slopes) < self.solver_table.num_points:
-            result = self._points[:, len(self._slopes)]
+            if present is None:  # AFS spares the first node its evaluation
+                present = self._enter(interval, x, analytical_slope(x, self.nodes[0]))
+            present.slopes.append(slope)
+        if len(present.slopes) < self.solver_table.num_points:
+            result = present.points[:, len(present.slopes)]
         else:
-            slopes = torch.stack(self._slopes, 1)
-            result = self._steps.arrive(interval - self._first, self._x, self._points, slopes)
-        self._step_index = index + 1
+            slopes = torch.stack(present.slopes, 1)
+            result = present.steps.arrive(present.number, present.x, present.points, slopes)
+        self._interval, self._step_index = present, index + 1
         output = result.to(sample.dtype), (here - sigma * slope).to(sample.dtype)
         return EPDSchedulerOutput(*output) if return_dict else output
 
@@ -226,9 +238,8 @@ class EPDScheduler(SchedulerMixin, ConfigMixin):
             return sample
         return self.steps(sample[:1]).reach(0, sample, analytical_slope(sample, self.nodes[0]))[:, 0]
 
-    def _enter(self, interval: int, x: Tensor, slope: Tensor) -> None:
-        """Begin an interval with the state and slope at its node."""
-        if self._steps is None:
-            self._first, self._steps = interval, self.steps(x, interval)
-        self._x, self._slopes = x, []
-        self._points = self._steps.reach(interval - self._first, x, slope)
+    def _enter(self, interval: int, x: Tensor, slope: Tensor) -> _Interval:
+        """The beginning of an interval, with the state and slope at its node."""
+        last = self._interval
+        steps, number = (self.steps(x, interval), 0) if last is None else (last.steps, last.number + 1)
+        return _Interval(steps, number, x, steps.reach(number, x, slope))

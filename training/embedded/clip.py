@@ -7,6 +7,7 @@ python -m training.embedded.clip --which b    ->  src/embedded/reward
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import torch
@@ -15,19 +16,33 @@ import torch.nn.functional as F
 from training.embedded.common import DEVICE, EmojiData, load_data, report_size, train_steps
 from training.embedded.data import COLOURS, IMAGE_SIZE
 
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+
+class Size(NamedTuple):
+    """What one of the two models is built from; text and vision are width, layers, heads."""
+
+    seed: int
+    text: tuple[int, int, int]
+    vision: tuple[int, int, int]
+    projection: int
+    folder: str
+
+
 # Another seed, width, depth and head size for B, so that a flaw of one is not a flaw of the other.
 SIZES = {
-    "a": {"seed": 1, "text": (192, 4, 6), "vision": (144, 6, 4), "projection": 128, "folder": "heldout"},
-    "b": {"seed": 2, "text": (128, 3, 2), "vision": (128, 6, 8), "projection": 96, "folder": "reward"},
-}  # text, vision: width, layers, heads
+    "a": Size(seed=1, text=(192, 4, 6), vision=(144, 6, 4), projection=128, folder="heldout"),
+    "b": Size(seed=2, text=(128, 3, 2), vision=(128, 6, 8), projection=96, folder="reward"),
+}
 
 
-def build_clip(which: str, tokenizer) -> torch.nn.Module:
-    """A `transformers.CLIPModel` of the size in SIZES with random weights."""
+def build_clip(which: str, tokenizer) -> CLIPModel:
+    """A model of the size in SIZES with random weights."""
     from transformers import CLIPConfig, CLIPModel
 
     size = SIZES[which]
-    torch.manual_seed(size["seed"])
+    torch.manual_seed(size.seed)
 
     def tower(width: int, layers: int, heads: int) -> dict[str, int]:
         return {
@@ -43,16 +58,16 @@ def build_clip(which: str, tokenizer) -> torch.nn.Module:
         "pad_token_id": tokenizer.pad_token_id,
     }
     text = {
-        **tower(*size["text"]),
+        **tower(*size.text),
         **specials,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": tokenizer.model_max_length,
     }
-    vision = {**tower(*size["vision"]), "image_size": IMAGE_SIZE, "patch_size": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size["projection"]))
+    vision = {**tower(*size.vision), "image_size": IMAGE_SIZE, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.projection))
 
 
-def contrastive_loss(model: torch.nn.Module, data: EmojiData, batch: int) -> torch.Tensor:
+def contrastive_loss(model: CLIPModel, data: EmojiData, batch: int) -> torch.Tensor:
     """Symmetric InfoNCE (Radford et al. 2021) over pairs whose captions all differ."""
     index, colour = data.random_batch(batch)
     # Slight noise, so that a decoded latent scores like the picture it stands for.
@@ -64,7 +79,7 @@ def contrastive_loss(model: torch.nn.Module, data: EmojiData, batch: int) -> tor
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, data: EmojiData) -> tuple[float, float]:
+def evaluate(model: CLIPModel, data: EmojiData) -> tuple[float, float]:
     """Top-1 retrieval among 512 and the mean cosine of matching pairs."""
     index, colour = data.random_batch(512)
     output = model(input_ids=data.tokens[index, colour], pixel_values=data.random_views(index, colour))
@@ -110,7 +125,7 @@ def main(which: str, data_dir: Path, outdir: Path, steps: int, minutes: float, b
         err=True,
     )
     model.half()
-    folder = outdir / SIZES[which]["folder"]
+    folder = outdir / SIZES[which].folder
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_preprocessing(folder)

@@ -68,7 +68,7 @@ def fetch_packages(folder: Path) -> list[Path]:
 def read_names(archive: Path) -> dict[str, str]:
     """Emoji -> name, without flags (pictures of text, in effect) and LEFT_OUT."""
     with tarfile.open(archive) as tar:
-        records = json.load(tar.extractfile("package/data-by-emoji.json"))
+        records = json.loads(_content(tar, tar.getmember("package/data-by-emoji.json")))
     return {
         emoji: record["name"]
         for emoji, record in records.items()
@@ -83,8 +83,15 @@ def read_pictures(archive: Path, prefix: str, suffix: str) -> dict[str, bytes]:
         for member in tar:
             if member.name.startswith(prefix) and member.name.endswith(suffix):
                 stem = Path(member.name).stem
-                pictures[stem.replace("-fe0f", "")] = tar.extractfile(member).read()
+                pictures[stem.replace("-fe0f", "")] = _content(tar, member)
     return pictures
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise click.ClickException(f"{member.name} is no file")
+    return file.read()
 
 
 def decode_picture(data: bytes) -> np.ndarray:

@@ -9,6 +9,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
@@ -17,12 +18,15 @@ import torch.nn.functional as F
 from training.embedded.common import DEVICE, EmojiData, load_data, report_size, train_steps
 from training.embedded.data import COLOURS
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
 VIEWS = 4  # cached random views of each (picture, colour): encoding inside the loop would be the bottleneck
 CAPTION_DROP = 0.1
 EMA_DECAY = 0.999
 
 
-def build_unet(text_width: int, sample_size: int) -> torch.nn.Module:
+def build_unet(text_width: int, sample_size: int) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(4)
@@ -90,7 +94,7 @@ def cache_latents(data: EmojiData, folder: Path) -> LatentCache:
 
 
 def denoising_loss(
-    unet: torch.nn.Module, cache: LatentCache, data: EmojiData, alphas_cumprod: torch.Tensor, batch: int
+    unet: UNet2DConditionModel, cache: LatentCache, data: EmojiData, alphas_cumprod: torch.Tensor, batch: int
 ) -> torch.Tensor:
     """Epsilon prediction (Ho et al. 2020, eq. 14) with caption dropout for classifier-free guidance."""
     index, colour = data.random_batch(batch)

@@ -6,6 +6,7 @@ python -m training.embedded.vae    ->  src/embedded/vae
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
@@ -14,10 +15,13 @@ import torch.nn.functional as F
 from training.embedded.common import DEVICE, EmojiData, load_data, report_size, train_steps
 from training.embedded.data import IMAGE_SIZE
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 KL_WEIGHT = 1e-6  # as in latent diffusion (Rombach et al. 2022): the latents only need to stay bounded
 
 
-def build_vae() -> torch.nn.Module:
+def build_vae() -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(3)
@@ -32,7 +36,7 @@ def build_vae() -> torch.nn.Module:
     )
 
 
-def reconstruction_loss(vae: torch.nn.Module, data: EmojiData, batch: int) -> torch.Tensor:
+def reconstruction_loss(vae: AutoencoderKL, data: EmojiData, batch: int) -> torch.Tensor:
     """L1 on pixels and on pixel differences (edges carry the drawing), plus a small KL term."""
     images = data.random_views(*data.random_batch(batch)).contiguous(memory_format=torch.channels_last)
     posterior = vae.encode(images).latent_dist
@@ -42,7 +46,7 @@ def reconstruction_loss(vae: torch.nn.Module, data: EmojiData, batch: int) -> to
 
 
 @torch.no_grad()
-def evaluate(vae: torch.nn.Module, data: EmojiData) -> tuple[float, float]:
+def evaluate(vae: AutoencoderKL, data: EmojiData) -> tuple[float, float]:
     """Mean PSNR in dB over 512 pictures, and the latents' standard deviation."""
     images = data.random_views(*data.random_batch(512))
     latents = vae.encode(images).latent_dist.mode()

@@ -104,13 +104,13 @@ class WandbBoard:
         self._try(start)
 
     def add_values(self, values: Mapping[str, float], step: int) -> None:
-        if self.run is not None:
-            self._try(lambda: self.run.log(dict(values), step=step))
+        if (run := self.run) is not None:
+            self._try(lambda: run.log(dict(values), step=step))
 
     def add_picture(self, name: str, picture: Tensor, step: int) -> None:
-        if self.run is not None:
+        if (run := self.run) is not None:
             pixels = to_uint8(picture[None])[0].numpy()
-            self._try(lambda: self.run.log({name: self.wandb.Image(pixels)}, step=step))
+            self._try(lambda: run.log({name: self.wandb.Image(pixels)}, step=step))
 
     def close(self) -> None:
         if self.run is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,8 @@ def _table(heads: Sequence[str], lines: Sequence[tuple[str, str]], reference: st
 
 
 def _gap_cell(gap: dict[str, Any]) -> str:
-    low, high = gap["ci95"] or (None, None)
-    kind = "" if low is None or low <= 0 <= high else ' class="win"' if low > 0 else ' class="loss"'
+    low, high = gap["ci95"] or (-math.inf, math.inf)  # one image leaves everything open
+    kind = "" if low <= 0 <= high else ' class="win"' if low > 0 else ' class="loss"'
     return f"<td{kind}>{format_cell(gap, '+')} ({gap['wins']:.0%})</td>"
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -295,14 +295,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             if OmegaConf.select(source, "model.compile", throw_on_resolution_failure=False) is False:
                 OmegaConf.update(source, "model.compile", "off")  # which YAML reads as false without quotes
             merged = OmegaConf.merge(merged, source)
-            _check_references(origin, merged)
+            _check_references(origin, _plain(merged))
             OmegaConf.to_container(merged, resolve=True)
         except ConfigError:
             raise
         except UNUSABLE as error:
             raise ConfigError(f"{origin}: {_describe(error)}") from error
     try:
-        config = OmegaConf.to_object(merged)
+        config = cast(Config, OmegaConf.to_object(merged))  # as which `merged` began
         flatten(config)  # looks at the elements of lists, too
         _check_lengths(path, OmegaConf.to_container(merged, resolve=True))
     except ConfigError:
@@ -345,7 +345,7 @@ def _check_yaml(text: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"aliases such as *{event.anchor} are not supported; write the value again")
-        if isinstance(event, yaml.NodeEvent) and event.tag is not None:
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
             raise ValueError(f"tags such as {event.tag} are not supported")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
@@ -375,9 +375,9 @@ def _check_leaves(origin: str, content: object) -> None:
                 raise ConfigError(f"{origin}: a number has more than 63 bits")
 
 
-def _check_references(origin: str, merged: DictConfig) -> None:
+def _check_references(origin: str, merged: dict[object, Any]) -> None:
     """Raise `ConfigError` for a reference to a value that has some itself: a few such lines can stand for gigabytes."""
-    values = {key: str(value) for key, value in _leaves(OmegaConf.to_container(merged))}
+    values = {key: str(value) for key, value in _leaves(merged)}
     for key, value in values.items():
         for named in REFERENCE.findall(value):
             if "${" in values.get(named, ""):
@@ -400,9 +400,7 @@ def _check_lengths(path: str | Path, content: object) -> None:
 def _types() -> dict[str, str]:
     """`{"section.key": declared type}`, the type as written above, for example `int | None`."""
     return {
-        f"{section.name}.{item.name}": str(item.type)
-        for section in fields(Config)
-        for item in fields(section.default_factory)
+        f"{name}.{item.name}": str(item.type) for name, section in vars(Config()).items() for item in fields(section)
     }
 
 
@@ -414,7 +412,12 @@ def _describe(error: Exception) -> str:
     return f"{error.full_key} must be of type {expected} ({reason})" if expected else reason
 
 
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _plain(config: object) -> dict[object, Any]:
+    """A configuration of OmegaConf's as dicts, lists and values, references as they are; keys may be of any type."""
+    return cast(dict[object, Any], OmegaConf.to_container(config))  # which gives other types for other nodes
+
+
+def _leaves(node: dict[object, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Pairs of dotted key and value; a list is one value."""
     for key, value in node.items():
         dotted = f"{prefix}{key}"
@@ -426,13 +429,13 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def flatten(config: Config) -> dict[str, Any]:
     """The configuration as `{"section.key": value}`."""
-    return dict(_leaves(OmegaConf.to_container(OmegaConf.structured(config))))
+    return dict(_leaves(_plain(OmegaConf.structured(config))))
 
 
 def _check_keys(origin: str, source: DictConfig) -> None:
     types = _types()
     sections = [section.name for section in fields(Config)]
-    container = OmegaConf.to_container(source)
+    container = _plain(source)
     _check_leaves(origin, container)
     for section, content in container.items():
         if section not in sections:
@@ -489,11 +492,18 @@ def check_values(config: Config) -> None:
     model = config.model
     if model.sigma_min is not None and model.sigma_max is not None and model.sigma_min >= model.sigma_max:
         raise ConfigError(f"model.sigma_min={model.sigma_min} must be below model.sigma_max={model.sigma_max}")
-    if config.data.predictor_snapshot is None and (model.num_steps is None or model.num_points is None):
+    if config.data.predictor_snapshot is None:
+        cold_start_shape(model)
+
+
+def cold_start_shape(model: ModelConfig) -> tuple[int, int]:
+    """`num_steps` and `num_points` of the cold-start table. Raises `ConfigError` where one of them is left open."""
+    if model.num_steps is None or model.num_points is None:
         raise ConfigError(
             "model.num_steps and model.num_points are needed to build the start table; "
             "set both, or name a table in data.predictor_snapshot"
         )
+    return model.num_steps, model.num_points
 
 
 def trained_rewards(reward: RewardConfig) -> list[RewardComponent]:

@@ -6,7 +6,6 @@ To begin, nothing but click is needed: a package that is missing or broken is a 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import io
 import math
@@ -22,6 +21,7 @@ import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from torch_utils.options import CACHE_VARIABLE, cache_dir_option, command
 
 if TYPE_CHECKING:
     from torch_utils.download_util import Asset, KnownFile
-    from training.ppo.config import Config
+    from training.ppo.config import Config, ModelConfig
     from training.table import SolverTable
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ class Checkup:
         yield from examine("GPUs", self.count_gpus, ENVIRONMENT_WAYS)
         for index in range(self.gpus):
             ways = ("CUDA_VISIBLE_DEVICES chooses other GPUs; --device cpu does without",)
-            yield from examine(f"GPU {index}", functools.partial(check_gpu, index), ways)
+            yield from examine(f"GPU {index}", partial(check_gpu, index), ways)
 
     def count_gpus(self) -> Iterator[Finding]:
         import torch
@@ -126,57 +126,57 @@ class Checkup:
         path = short(self.config_path)
         ways = (f"correct {path}, or add --override KEY=VALUE; all keys are in training/ppo/config.py",)
         yield from examine("configuration", self.read_config, ways)
-        if self.config is None:
+        config = self.config
+        if config is None:
             for what in ("names", "named files", "start table", "prompts", "processes"):
                 yield Finding(NOTE, what, "not checked: there is no configuration")
             return
-        yield from examine("names", self.check_names, ways)
-        yield from examine("named files", self.check_files, ways)
-        yield from examine("start table", self.check_start_table, self.start_table_ways())
-        yield from examine(
-            "prompts", self.check_prompts, ("--override data.prompt_csv=FILE, or evaluation.prompt_file=FILE",)
-        )
-        yield from examine("processes", self.check_processes)
+        yield from examine("names", partial(self.check_names, config), ways)
+        yield from examine("named files", partial(self.check_files, config), ways)
+        yield from examine("start table", partial(self.check_start_table, config), self.start_table_ways(config))
+        ways = ("--override data.prompt_csv=FILE, or evaluation.prompt_file=FILE",)
+        yield from examine("prompts", partial(self.check_prompts, config), ways)
+        yield from examine("processes", partial(self.check_processes, config))
 
     def read_config(self) -> Iterator[Finding]:
         from training.ppo.config import load_config
 
-        self.config = load_config(self.config_path, self.overrides)
-        trains = f"{self.config.trainer.algorithm}, {self.config.ppo.steps} steps"
+        config = self.config = load_config(self.config_path, self.overrides)
+        trains = f"{config.trainer.algorithm}, {config.ppo.steps} steps"
         yield Finding(OK, "configuration", f"{short(self.config_path)}: {trains}")
 
-    def check_names(self) -> Iterator[Finding]:
+    def check_names(self, config: Config) -> Iterator[Finding]:
         from training.denoisers import check_model_schedule
         from training.ppo.config import check_names, check_packages
 
-        check_names(self.config)
-        check_packages(self.config)
-        check_model_schedule(self.config.model.dataset_name, self.config.model.schedule_type)
-        yield Finding(OK, "names", f"model {self.config.model.dataset_name}, reward {self.config.reward.type}")
+        check_names(config)
+        check_packages(config)
+        check_model_schedule(config.model.dataset_name, config.model.schedule_type)
+        yield Finding(OK, "names", f"model {config.model.dataset_name}, reward {config.reward.type}")
 
-    def check_files(self) -> Iterator[Finding]:
+    def check_files(self, config: Config) -> Iterator[Finding]:
         from training.ppo.config import check_files
 
-        check_files(self.config)
+        check_files(config)
         yield Finding(OK, "named files", "all there")
 
-    def check_start_table(self) -> Iterator[Finding]:
+    def check_start_table(self, config: Config) -> Iterator[Finding]:
         from training.ppo.inputs import start_table
 
-        self.start = start_table(self.config)
-        source = self.config.data.predictor_snapshot or "the cold start"
-        shape = f"{self.start.num_steps - 1} intervals of {self.start.num_points} points"
+        start = self.start = start_table(config)
+        source = config.data.predictor_snapshot or "the cold start"
+        shape = f"{start.num_steps - 1} intervals of {start.num_points} points"
         yield Finding(OK, "start table", f"{source}, {shape}")
-        if self.config.data.predictor_snapshot is None:
+        if config.data.predictor_snapshot is None:
             advice = f"a distilled table is better: {self.distill_command()}"
             yield Finding(NOTE, "start table", advice)
 
     def distill_command(self) -> str:
         return f"python -m training.distill --config {shlex.quote(short(self.config_path))}"
 
-    def start_table_ways(self) -> tuple[str, ...]:
+    def start_table_ways(self, config: Config) -> tuple[str, ...]:
         """What makes another start table; the cold start needs its size in the configuration."""
-        model, snapshot = self.config.model, self.config.data.predictor_snapshot
+        model, snapshot = config.model, config.data.predictor_snapshot
         if snapshot is None:
             return ("--override model.num_steps=N --override model.num_points=K give the cold start another size",)
         if model.num_steps is None or model.num_points is None:
@@ -185,12 +185,11 @@ class Checkup:
         output = f"{cold} --output {shlex.quote(snapshot)}"
         return (f"{self.distill_command()} {output}", f"{cold} begins from the cold start")
 
-    def check_prompts(self) -> Iterator[Finding]:
+    def check_prompts(self, config: Config) -> Iterator[Finding]:
         from torch_utils.download_util import ASSETS, stored_folder
         from training.ppo.inputs import split_prompts
         from training.prompts import load_prompts
 
-        config = self.config
         if config.data.prompt_csv is None:
             asset = ASSETS["prompts"]
             folder = stored_folder(asset)
@@ -204,14 +203,14 @@ class Checkup:
         training, held_out = split_prompts(config)
         yield Finding(OK, "prompts", f"{len(training)} to train on, {len(held_out)} held out")
 
-    def check_processes(self) -> Iterator[Finding]:
+    def check_processes(self, config: Config) -> Iterator[Finding]:
         """A number of processes that was asked for must do; of the GPUs found, fewer can be used."""
         from training.ppo.config import ConfigError, check_world_size
 
-        ppo, count = self.config.ppo, self.processes or max(self.gpus, 1)
+        ppo, count = config.ppo, self.processes or max(self.gpus, 1)
         batch = ppo.rollout_batch_size
         try:
-            check_world_size(self.config, count)
+            check_world_size(config, count)
         except ConfigError as error:
             step = math.lcm(count, ppo.rloo_k, ppo.minibatch_size or 1)
             fewer = max(number for number in range(1, count) if batch % number == 0)
@@ -230,39 +229,37 @@ class Checkup:
         from training.ppo.config import trained_rewards
 
         own_model = self.config.model.model_path is not None
-        ways = ("--override model.model_path=PATH names another model",) if own_model else (FROM_REPOSITORY,)
-        yield from examine("model", self.check_backbone, ways)
+        way = "--override model.model_path=PATH names another model" if own_model else FROM_REPOSITORY
+        yield from examine("model", partial(self.check_backbone, self.config.model), (way,))
         rewards = [("reward", part.type, part.weights_path) for part in trained_rewards(self.config.reward)]
         rewards += [("metric", name, None) for name in self.config.evaluation.metrics]
         for role, name, path in rewards:
-            check = functools.partial(self.check_reward, role, name, path)
+            check = partial(self.check_reward, role, name, path)
+            ways: tuple[str, ...] = (FROM_REPOSITORY,) if name.startswith("emoji_") else ()
             if path is not None:
                 ways = ("give the right weights_path, or null for those of its usual place",)
-            else:
-                ways = (FROM_REPOSITORY,) if name.startswith("emoji_") else ()
             yield from examine(f"{role} {name}", check, ways)
 
-    def check_backbone(self) -> Iterator[Finding]:
+    def check_backbone(self, model: ModelConfig) -> Iterator[Finding]:
         """`check_model` is given a path, with which it hashes nothing."""
         from torch_utils.download_util import ASSETS, find_asset, stored_folder
-        from training.denoisers import BACKBONES, check_model, download_key, note_resolution
+        from training.denoisers import BACKBONES, check_model, model_weights, note_resolution
         from training.denoisers.stable_diffusion import WEIGHT_FILES
 
-        model = self.config.model
         if model.dataset_name not in BACKBONES:
             yield Finding(NOTE, "model", f"not checked: there is none called {model.dataset_name}")
             return
-        key = download_key(model.dataset_name, model.model_path)
-        asset = None if key is None else find_asset(key)
-        if asset is not None:
+        weights, asset = model_weights(model.dataset_name, model.model_path), None
+        if isinstance(weights, str):
+            asset = find_asset(weights)
             source = stored_folder(asset)
+            if source is None:
+                own = "--override model.model_path=PATH names a folder, or one .safetensors or .ckpt file"
+                yield self.missing("model", asset, (fetch_command(weights), own))
+                return
         else:
-            source = Path(model.model_path or BACKBONES[model.dataset_name].folder)
-        if source is None:
-            own = "--override model.model_path=PATH names a folder, or one .safetensors or .ckpt file"
-            yield self.missing("model", asset, (fetch_command(key), own))
-            return
-        source = check_model(model.dataset_name, model.guidance_type, model.guidance_rate, source, model.precision)
+            source = weights
+        check_model(model.dataset_name, model.guidance_type, model.guidance_rate, source, model.precision)
         if asset is not None and asset.key in ASSETS:
             yield from self.verify_asset("model", asset, source, fetch_command(asset.key))
         else:
@@ -290,7 +287,7 @@ class Checkup:
             return
         command = f"{cache_prefix()}python -m training.ppo.scripts.score_all --metrics {name} --fetch-only"
         assets = [ASSETS[PUBLISHED[name].key]]
-        beside = None
+        beside: Path | None = None
         if path is not None and not means_usual_place(assets[0], Path(path)):
             own = find_weights(assets[0].key, path)
             beside = own.parent
@@ -302,12 +299,12 @@ class Checkup:
             if asset.key == VOCABULARY_ASSET and beside is not None and (beside / file).is_file():
                 yield from self.verify_own(what, beside / file, [beside / file])
                 continue
-            folder = stored_folder(asset)
-            if folder is None:
+            stored = stored_folder(asset)
+            if stored is None:
                 yield self.missing(what, asset, () if asset.key in BY_HAND_ONLY else (command,))
             else:
-                yield from self.verify_asset(what, asset, folder, command)
-            beside = folder
+                yield from self.verify_asset(what, asset, stored, command)
+            beside = stored
 
     def missing(self, what: str, asset: Asset, ways: tuple[str, ...]) -> Finding:
         """What would have to be fetched, and how to get it by hand; its size counts for the free space."""
@@ -374,7 +371,7 @@ class Checkup:
         else:
             root = Path(self.config.run.output_root)
             ways = ("--override run.output_root=FOLDER names another place",)
-            yield from examine("run folders", functools.partial(check_output_root, root), ways)
+            yield from examine("run folders", partial(check_output_root, root), ways)
         yield from examine("cache", self.check_cache)
 
     def check_cache(self) -> Iterator[Finding]:
@@ -482,7 +479,7 @@ def fits(version: str, wanted: str) -> bool:
 
 def release(version: str) -> tuple[int, ...]:
     """The numbers before any suffix, without zeros at the end: 2.10.0+cu130 is (2, 10)."""
-    numbers = [int(part) for part in re.match(r"\d+(\.\d+)*", version)[0].split(".")]
+    numbers = [int(part) for part in re.findall(r"\d+(?:\.\d+)*", version)[0].split(".")]
     while numbers and not numbers[-1]:
         numbers.pop()
     return tuple(numbers)

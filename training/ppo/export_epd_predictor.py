@@ -76,11 +76,12 @@ def find_checkpoint(directory: RunDirectory, checkpoint: Path | None) -> Path:
             if path.is_file():
                 return path
         raise RunError(f"checkpoint {checkpoint} is neither in {directory.path} nor in the working directory")
+    if directory.best_checkpoint.is_file():
+        return directory.best_checkpoint
     latest = directory.latest_checkpoint()
-    path = directory.best_checkpoint if directory.best_checkpoint.is_file() else latest
-    if path is None:
+    if latest is None:
         raise RunError(f"{directory.path} has no checkpoint to export; let the run reach logging.save_interval steps")
-    return path
+    return latest
 
 
 @command({"Table": ("checkpoint",)})

@@ -81,19 +81,21 @@ class HackingGuard:
         # Clones: the scores are columns of one matrix, and a checkpoint would hold all of it for each.
         watched = {name: scores[name].clone() for name in (REWARD, self.held_out) if name is not None}
         differences = {name: difference(watched[name], peak) for name, peak in self.peak_scores.items()}
-        reward, held_out = differences.get(REWARD), differences.get(self.held_out)
+        reward = differences.get(REWARD)
+        held_out = None if self.held_out is None else differences.get(self.held_out)
         leading = reward if self.held_out is None else held_out
         is_peak = leading is None or leading.mean > 0
-        diverging = reward is not None and held_out is not None and reward.is_rise and held_out.is_fall
-        self.consecutive = self.consecutive + 1 if diverging else 0
-        message = self._message(step, reward, held_out, len(scores[REWARD])) if diverging else None
-        gained = held_out is not None and difference(watched[REWARD], self.best_scores[REWARD]).is_rise
-        is_best = is_peak or (gained and not held_out.is_fall)
+        message = None
+        if reward is not None and held_out is not None and reward.is_rise and held_out.is_fall:
+            message = self._message(step, reward, held_out, len(scores[REWARD]))
+        self.consecutive = 0 if message is None else self.consecutive + 1
+        level = held_out is not None and not held_out.is_fall
+        is_best = is_peak or (level and difference(watched[REWARD], self.best_scores[REWARD]).is_rise)
         if is_peak:
             self.peak_step, self.peak_scores = step, watched
         if is_best:
             self.best_step, self.best_scores = step, watched
-        return Verdict(is_best, diverging, self.consecutive, message, reward, held_out)
+        return Verdict(is_best, message is not None, self.consecutive, message, reward, held_out)
 
     def _message(self, step: int, reward: Difference, held_out: Difference, prompts: int) -> str:
         return (

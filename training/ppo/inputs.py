@@ -9,7 +9,7 @@ from torch_utils.distributed import print0
 from torch_utils.download_util import check_file_by_key
 from training.denoisers import check_model, check_model_schedule, find_model, note_resolution
 from training.ppo.cold_start import cold_start_table
-from training.ppo.config import Config, ConfigError, ModelConfig, trained_rewards
+from training.ppo.config import Config, ConfigError, ModelConfig, cold_start_shape, trained_rewards
 from training.ppo.reward_multi import check_reward_weights
 from training.prompts import load_prompts
 from training.table import SolverTable, load_table
@@ -49,7 +49,7 @@ def start_table(config: Config) -> SolverTable:
     """
     model, snapshot = config.model, config.data.predictor_snapshot
     if snapshot is None:
-        return replace(cold_start_table(model.num_steps, model.num_points), **_conditions(model))
+        return replace(cold_start_table(*cold_start_shape(model)), **_conditions(model))
     table = load_table(snapshot)
     for name in ("num_steps", "num_points"):
         wanted, found = getattr(model, name), getattr(table, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,6 +118,15 @@ def train(config: Config, inputs: Inputs, models: Models, resume: str) -> int:
         return signum
 
 
+def config_of_run(run: Path, overrides: Sequence[str]) -> Config:
+    """The configuration that the run folder keeps, with `overrides`, to continue it."""
+    config = load_config(run / CONFIG_IN_RUN, overrides)
+    if (run / START_IN_RUN).is_file():
+        # The run's own copy: the file that it was copied from may be gone.
+        config.data.predictor_snapshot = str(run / START_IN_RUN)
+    return config
+
+
 def describe(config: Config) -> str:
     """One line: what trains from where, with the learning rate that counts."""
     algorithm = config.trainer.algorithm
@@ -159,13 +169,12 @@ def main(config_path: Path | None, overrides: tuple[str, ...], resume: str, devi
     python -m training.ppo.launch --config embedded --override ppo.steps=30
     torchrun --nproc_per_node=8 -m training.ppo.launch --config training/ppo/cfgs/sd15_parallel.yaml
     """
-    by_run = config_path is None
-    if by_run and resume in ("auto", "never"):
+    if config_path is not None:
+        config = load_config(config_path, overrides)
+    elif resume in ("auto", "never"):
         raise ConfigError("--config FILE is missing; the presets are in training/ppo/cfgs/")
-    config = load_config(Path(resume) / CONFIG_IN_RUN if by_run else config_path, overrides)
-    if by_run and (Path(resume) / START_IN_RUN).is_file():
-        # The run's own copy: the file that it was copied from may be gone.
-        config.data.predictor_snapshot = str(Path(resume) / START_IN_RUN)
+    else:
+        config = config_of_run(Path(resume), overrides)
     check_names(config)
     check_packages(config)
     check_files(config)

@@ -14,8 +14,11 @@ class Learner(Protocol):
     """An algorithm that improves `policy`: it says what a step needs, and is told what came of it."""
 
     policy: EPDParamPolicy
-    optimizer: torch.optim.Optimizer
     needs_gradients: bool  # whether `update` reads `Rollout.gradients`
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the policy's parameters; a checkpoint keeps its state."""
 
     def draw(self, runner: EPDRolloutRunner, step: int) -> Draw:
         """The images of step `step` >= 1: the same whatever happened before, the policy's state aside."""

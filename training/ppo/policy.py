@@ -122,6 +122,8 @@ class EPDParamPolicy(nn.Module):
     `scale_std` in the logarithm and median exp(mu), which is what `mean_table` reports. `seed` draws the MLP's weights.
     """
 
+    start_segments: Tensor  # [N-1, K+1]
+
     def __init__(
         self,
         table: SolverTable,
@@ -210,7 +212,8 @@ class EPDParamPolicy(nn.Module):
         output, arrays = self.all_rows(), self.mean_arrays()
         segments = output.alpha_pos / output.alpha_pos.sum(-1, keepdim=True)
         parts = segments, arrays.weights, arrays.scale_dir, arrays.scale_time
-        sample = PolicySample(*(part.expand(batch, -1, -1) for part in parts), torch.zeros(batch), self.start)
+        segments, weights, scale_dir, scale_time = (part.expand(batch, -1, -1) for part in parts)
+        sample = PolicySample(segments, weights, scale_dir, scale_time, torch.zeros(batch), self.start)
         return replace(sample, log_prob=self.log_prob(sample))
 
     @torch.no_grad()

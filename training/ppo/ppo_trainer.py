@@ -111,7 +111,7 @@ class PPOTrainer:
             ) from error
 
     def _train(self, reporter: Reporter | None, stop: StopRequest) -> int:
-        if self.step == 0 and self.step in self.evaluation_steps:
+        if self.step == 0:
             self._evaluate(reporter)
         signum = 0
         while self.step < self.config.ppo.steps and not signum and not self._must_stop():
@@ -148,9 +148,8 @@ class PPOTrainer:
         self.seconds_checkpoint = 0.0
         signum = self._agree(stop.signum)
         last = self.step == self.config.ppo.steps
-        if self.step in self.evaluation_steps:
-            record = self._evaluate(reporter)
-            metrics |= {f"eval_{key}": value for key, value in record.items() if "_mean" in key or key == "diverging"}
+        record = self._evaluate(reporter)
+        metrics |= {f"eval_{key}": value for key, value in record.items() if "_mean" in key or key == "diverging"}
         # The line comes before the checkpoint: after a crash between the two it is dropped and written again.
         if reporter is not None:
             reporter.log_step(metrics)
@@ -214,16 +213,18 @@ class PPOTrainer:
         return int(gathered[:, 1].amax())
 
     def _evaluate(self, reporter: Reporter | None) -> dict[str, Any]:
-        """Judge the mean table, keep it if it is the best so far, and return the record.
+        """Judge the mean table if that is due, keep it if it is the best so far, and return the record, else {}.
 
         An evaluation with a score that is not a number is reported over the other prompts and not judged: it would be
         compared with evaluations of other prompts.
         """
+        if self.evaluator is None or self.step not in self.evaluation_steps:
+            return {}
         started = time.perf_counter()
         evaluation = self.evaluator.evaluate(self.policy.mean_table())
         finite = torch.stack(list(evaluation.scores.values())).isfinite().all(0)
         verdict = self.guard.judge(self.step, evaluation.scores) if finite.all() else None
-        record = {
+        record: dict[str, Any] = {
             "step": self.step,
             "images": self.step * self.config.ppo.rollout_batch_size,
             "prompts": int(finite.sum()),

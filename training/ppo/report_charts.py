@@ -54,8 +54,8 @@ class Axes:
 
     def __init__(self, curves: Sequence[Curve]):
         steps = [step for curve in curves for step in curve.steps]
-        values = [value for curve in curves for value in (*curve.values, *curve.lows, *curve.highs)]
-        values = [value for value in values if value is not None]
+        drawn = [value for curve in curves for value in (*curve.values, *curve.lows, *curve.highs)]
+        values = [value for value in drawn if value is not None]
         self.first, self.last = min(steps), max(max(steps), min(steps) + 1)
         low, high = min(values), max(values)
         margin = (high - low) * 0.06 or max(abs(high) * 0.05, 1e-6)
@@ -106,21 +106,21 @@ def line_chart(title: str, curves: Sequence[Curve], mark: int | None = None) -> 
 
 
 def _band(axes: Axes, curve: Curve, kept: Sequence[int], index: int) -> list[str]:
-    bounds = [
-        (curve.steps[i], low, high)
-        for i in kept
-        if curve.lows and (low := curve.lows[i]) is not None and (high := curve.highs[i]) is not None
-    ]
+    bounds = [(curve.steps[i], *bound) for i in kept if (bound := _bound(curve, i)) is not None]
     outline = [axes.point(step, high) for step, _, high in bounds]
     outline += [axes.point(step, low) for step, low, _ in reversed(bounds)]
     return [f'<polygon class="band c{index}" points="{" ".join(outline)}"/>'] if bounds else []
 
 
+def _bound(curve: Curve, i: int) -> tuple[float, float] | None:
+    """Lower and upper edge of the band at a point; None where it has none."""
+    low, high = (curve.lows[i], curve.highs[i]) if curve.lows else (None, None)
+    return None if low is None or high is None else (low, high)
+
+
 def _dot(axes: Axes, curve: Curve, i: int, index: int) -> str:
-    step, value = curve.steps[i], curve.values[i]
-    interval = ""
-    if curve.lows and curve.lows[i] is not None and curve.highs[i] is not None:
-        interval = f" ({number(curve.lows[i])} to {number(curve.highs[i])})"
+    step, value, bound = curve.steps[i], curve.values[i], _bound(curve, i)
+    interval = "" if bound is None else f" ({number(bound[0])} to {number(bound[1])})"
     text = html.escape(f"{curve.label}, step {step}: {number(value)}{interval}")
     circle = f'<circle class="dot c{index}" cx="{axes.x(step):.1f}" cy="{axes.y(value):.1f}" r="3.5">'
     return f"{circle}<title>{text}</title></circle>"

@@ -304,8 +304,9 @@ def _table(run: Run) -> Iterator[str]:
             f'<p class="key"><span style="color:var(--c0)">● after {run.learned.step} steps</span>'
             "<span>○ start table</span> the area of a disc is its weight w</p>"
         )
-    drawn = [run.start.positions, run.start.weights, after.positions, after.weights]
-    yield f'<div class="scroll">{table_picture(*(array.tolist() for array in drawn), sigmas)}</div>'
+    old = run.start.positions.tolist(), run.start.weights.tolist()
+    new = after.positions.tolist(), after.weights.tolist()
+    yield f'<div class="scroll">{table_picture(*old, *new, sigmas)}</div>'
     yield f"<details{' open' if after.positions.numel() <= MOST_ROWS else ''}><summary>All numbers</summary>"
     yield _rows(*_points(run.start, after))
     yield "</details>"

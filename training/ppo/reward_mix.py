@@ -105,14 +105,15 @@ class RewardMix:
         """`[B, C]` raw scores, one column per component => `[B]`; differentiable. NaN stays NaN."""
         total = sum(abs(component.weight) for component in self.components)
         pairs = zip(self.components, raw.unbind(1), strict=True)
-        return sum(component.weight / total * component.transformed(scores) for component, scores in pairs)
+        weighted = (component.weight / total * component.transformed(scores) for component, scores in pairs)
+        return sum(weighted, raw.new_zeros(len(raw)))
 
     def raw_means(self, raw: Tensor) -> dict[str, float]:
         """For the log: mean and standard deviation of every component's raw scores `[B, C]`, B >= 1.
 
         Keys are `raw_<name>_mean` and `raw_<name>_std`. Empty where the reward is the raw score itself.
         """
-        found = {}
+        found: dict[str, float] = {}
         if self.is_plain:
             return found
         for reward, scores in zip(self.rewards, raw.unbind(1), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -23,11 +24,18 @@ from training.ppo.reward_models.pick import RewardPick
 from training.ppo.reward_weights import find_weights
 
 
+class PublishedReward(Protocol):
+    """The class of a published metric, as `create_reward` calls it."""
+
+    def __call__(self, weights: Path, *, device: torch.device | str, batch_size: int, amp: bool) -> Reward:
+        """Raises as `create_reward` does."""
+
+
 @dataclass(frozen=True)
 class Published:
     """A published metric: who computes it, and the key of its weights; of the other file that some need, too."""
 
-    reward: type[Reward]
+    reward: PublishedReward
     key: str
     other_key: str | None = None
     find_other: Callable[[Path], Path] | None = None  # given where the weights are
@@ -97,7 +105,7 @@ def create_mix(config: RewardConfig, device: torch.device) -> RewardMix:
     components = []
     for part in trained_rewards(config):
         amp = config.enable_amp and device.type == "cuda" and part.type in PUBLISHED
-        options = {"device": device, "batch_size": config.batch_size, "amp": amp}
-        reward = create_reward(part.type, weights=part.weights_path, **options)
+        weights, batch_size = part.weights_path, config.batch_size
+        reward = create_reward(part.type, weights=weights, device=device, batch_size=batch_size, amp=amp)
         components.append(Component(reward, part.type, part.weight, part.transform))
     return RewardMix(components)

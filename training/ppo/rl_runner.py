@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,8 +51,10 @@ class Rollout:
 
     draw: Draw
     rewards: Tensor  # [N] float64, what training climbs
-    gradients: TableArrays | None = None  # [N, N-1, K] float64: of each reward to its table's numbers, where asked for
-    raw: Tensor | None = None  # [N, C] float64: the raw scores that the rewards were mixed from
+    # [N, N-1, K] float64: of each reward to its table's numbers; empty where not asked for
+    gradients: TableArrays | tuple[()] = ()
+    # [N, C] float64: the raw scores that the rewards were mixed from; learners do not read them
+    raw: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     seconds_generation: float = 0.0  # of this rank's share
     seconds_reward: float = 0.0
 
@@ -236,23 +238,22 @@ class EPDRolloutRunner:
         """The images and rewards of a draw; rewards may be NaN. The mix takes the scores into its statistics."""
         scorer = self.scorer
         scorer.seconds_generation = scorer.seconds_reward = 0.0
-        raw, gradients = [], []
+        scores, gradients = [], []
         for batch in scorer.batches(distributed.shard(len(draw.prompts))):
             rows = slice(batch.start, batch.stop)
             tables, prompts, seeds = draw.sample.select(rows).arrays, draw.prompts[rows], draw.noise_seeds[rows]
             if with_gradients:
-                scores, parts = scorer.gradients(tables, prompts, seeds)
-                raw.append(scores)
-                gradients.append(torch.stack(parts, dim=1))
+                found, slopes = scorer.gradients(tables, prompts, seeds)
+                scores.append(found)
+                gradients.append(torch.stack(slopes, dim=1))
             else:
-                raw.append(scorer.scores(scorer.images(tables, prompts, seeds), prompts))
-        raw = distributed.all_gather(torch.cat(raw))
+                scores.append(scorer.scores(scorer.images(tables, prompts, seeds), prompts))
+        raw = distributed.all_gather(torch.cat(scores))
         self.mix.observe(raw)
-        whole = distributed.all_gather(torch.cat(gradients)) if with_gradients else None
         return Rollout(
             draw=draw,
             rewards=self.mix.combine(raw),
-            gradients=None if whole is None else TableArrays(*whole.unbind(1)),
+            gradients=TableArrays(*distributed.all_gather(torch.cat(gradients)).unbind(1)) if with_gradients else (),
             raw=raw,
             seconds_generation=scorer.seconds_generation,
             seconds_reward=scorer.seconds_reward,

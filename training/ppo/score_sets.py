@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def collect_sets(
 
 def score_sets(
     sets: Sequence[ImageSet],
-    metrics: dict[str, Callable[[], Reward]],
+    metrics: Mapping[str, Callable[[], Reward]],
     scores_folder: Path,
     batch_size: int,
     device: torch.device,

@@ -11,12 +11,12 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import torch
@@ -212,7 +212,7 @@ def score_images(
     return scores
 
 
-def _decoded(paths: Sequence[Path], ahead: int) -> Iterator[torch.Tensor | ImageError]:
+def _decoded(paths: Sequence[Path], ahead: int) -> Generator[torch.Tensor | ImageError, None, None]:
     """The images in order, up to `ahead` of them decoded before they are asked for; an error in place of a bad one."""
     pool = ThreadPoolExecutor(min(DECODERS, len(os.sched_getaffinity(0))))
     try:
@@ -255,10 +255,17 @@ def check_output(path: Path, metric: str | None, images: Path) -> None:
         )
 
 
-def score_folder(request: ScoreRequest, metric: str, load_reward: Callable[[torch.device], Reward]) -> dict[str, Any]:
+class LoadReward(Protocol):
+    """A reward's class or `create_reward`, with what a command was told about the weights and the precision."""
+
+    def __call__(self, *, device: torch.device, batch_size: int) -> Reward:
+        """Raises `UserError` for weights that are missing or cannot be used."""
+
+
+def score_folder(request: ScoreRequest, metric: str, load_reward: LoadReward) -> dict[str, Any]:
     """What a `score_*` command does: check, load the reward, score, print the summary, write the JSON; returns it.
 
-    Everything that can be checked without the model is checked before `load_reward(device)` is called. Unreadable
+    Everything that can be checked without the model is checked before `load_reward` is called. Unreadable
     images do not stop the others: the JSON lists them under `unreadable`, and at the end a `ScoringError` names them.
     """
     images = collect_images(request.images, request.pattern, request.prompts)
@@ -266,7 +273,7 @@ def score_folder(request: ScoreRequest, metric: str, load_reward: Callable[[torc
         check_output(request.output_json, metric, images.folder)
     with distributed.joined(request.device):
         device = distributed.device()
-        reward = load_reward(device)
+        reward = load_reward(device=device, batch_size=request.batch_size)
         values = score_images(reward, images.entries, request.batch_size, device)
     record = make_record(reward, images, values)
     click.echo(format_summary(record))

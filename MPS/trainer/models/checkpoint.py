@@ -194,7 +194,7 @@ class _Storages:
             case _:
                 raise PickleError(f"{name} is not stored as a plain tensor")
         numbers = (count, offset, *size, *stride)
-        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        if not isinstance(count, int) or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             raise PickleError(f"{name} has an impossible shape")
         if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
             raise PickleError(f"{name} has an impossible shape")

@@ -41,9 +41,10 @@ class CrossModel(nn.Module):
 
         No row of `mask` may be all False.
         """
-        for cross_block, self_block in self.layers:
-            image = image + cross_block["fn"](image, text, mask)
-            image = image + self_block["fn"](image)
+        for layer in self.layers:
+            cross_block, self_block = (block.get_submodule("fn") for block in layer.children())
+            image = image + cross_block(image, text, mask)
+            image = image + self_block(image)
         return image
 
 
@@ -91,6 +92,8 @@ class SelfBlock(nn.Module):
 
 class RotaryEmbedding(nn.Module):
     """Rotary positions (arXiv 2104.09864) that pair channel c with channel c + half. The frequencies are stored."""
+
+    inv_freq: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -126,12 +126,12 @@ class ClipBackbone:
 class CosineReward:
     """A reward that is the cosine of a CLIP model's embeddings; a subclass says which model's, read how."""
 
-    name: ClassVar[str]
+    name: str
     asset: ClassVar[str]  # key of the published weights
     published_version: ClassVar[str]
     published_sizes: ClassVar[ClipSizes]
     tokenizer: ClassVar[type[OpenAITokenizer | TransformersTokenizer]]
-    crop_offset: ClassVar[Callable[[int], int]]
+    crop_offset: ClassVar[staticmethod[[int], int]]
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ from torch_utils.checkpoint import sha256_file
 from torch_utils.errors import UserError
 from training.ppo.reward_base import DEFAULT_BATCH_SIZE, check_inputs
 
-# Called with images float32 [B, 3, H, W] in [0, 1] and B prompts; returns B numbers, a tensor or a list.
-Function = Callable[[Tensor, list[str]], Tensor | Sequence[float]]
+# Called with images float32 [B, 3, H, W] in [0, 1] and B prompts; should return B numbers, a tensor or a list.
+Function = Callable[[Tensor, list[str]], object]
 
 
 def find_function(name: str) -> tuple[Function, Path]:

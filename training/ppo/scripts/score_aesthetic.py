@@ -8,6 +8,7 @@ The summary goes to stdout. Example:
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import click
@@ -27,8 +28,7 @@ def main(request: ScoreRequest, weights: Path | None, backbone: Path | None, amp
     from training.ppo.reward_models.aesthetic import RewardAesthetic
     from training.ppo.scoring import score_folder
 
-    options = {"backbone": backbone, "batch_size": request.batch_size, "amp": amp}
-    score_folder(request, RewardAesthetic.name, lambda device: RewardAesthetic(weights, device=device, **options))
+    score_folder(request, RewardAesthetic.name, functools.partial(RewardAesthetic, weights, backbone=backbone, amp=amp))
 
 
 if __name__ == "__main__":

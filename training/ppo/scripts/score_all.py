@@ -14,6 +14,7 @@ table goes to stdout.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -92,9 +93,10 @@ def main(
     sets = collect_sets(folders, pattern, prompts, allow_missing)
     found = {name: check_reward_weights(name, paths.get(name)) for name in names}
     with distributed.joined(device):
-        options = {"device": distributed.device(), "batch_size": batch_size, "amp": amp}
-        loaders = {name: lambda name=name: create_reward(name, weights=found[name], **options) for name in names}
-        records = score_sets(sets, loaders, output_json.parent, batch_size, options["device"])
+        place = distributed.device()
+        load = functools.partial(create_reward, device=place, batch_size=batch_size, amp=amp)
+        loaders = {name: functools.partial(load, name, weights=found[name]) for name in names}
+        records = score_sets(sets, loaders, output_json.parent, batch_size, place)
     check_readable(records, allow_missing)
     reference = folder_labels([folder.as_posix() for folder in folders])[0]
     comparison = compare(records, reference, allow_missing=allow_missing)

@@ -8,6 +8,7 @@ The summary goes to stdout. Example:
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import click
@@ -29,11 +30,7 @@ def main(request: ScoreRequest, metric: str, weights: Path | None) -> None:
     from training.ppo.scoring import score_folder
 
     reward_type = f"emoji_{metric}"
-    score_folder(
-        request,
-        reward_type,
-        lambda device: create_reward(reward_type, weights=weights, device=device, batch_size=request.batch_size),
-    )
+    score_folder(request, reward_type, functools.partial(create_reward, reward_type, weights=weights))
 
 
 if __name__ == "__main__":

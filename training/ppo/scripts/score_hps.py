@@ -11,6 +11,7 @@ The summary goes to stdout. Example:
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import click
@@ -35,11 +36,11 @@ def main(request: ScoreRequest, weights: Path | None, version: str, architecture
     from training.ppo.scoring import score_folder
 
     if version == "embedded":
-        options = {"weights": weights, "batch_size": request.batch_size, "amp": amp}
-        score_folder(request, "emoji_reward", lambda device: create_reward("emoji_reward", device=device, **options))
+        load_embedded = functools.partial(create_reward, "emoji_reward", weights=weights, amp=amp)
+        score_folder(request, "emoji_reward", load_embedded)
         return
-    options = {"batch_size": request.batch_size, "amp": amp, "architecture": architecture, "version": version}
-    score_folder(request, f"hps_{version}", lambda device: RewardHPS(weights, device=device, **options))
+    load = functools.partial(RewardHPS, weights, amp=amp, architecture=architecture, version=version)
+    score_folder(request, f"hps_{version}", load)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ The summary goes to stdout. Example:
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import click
@@ -33,8 +34,9 @@ def main(request: ScoreRequest, weights: Path | None, vocabulary: Path | None, a
     from training.ppo.reward_models.imagereward import RewardImageReward
     from training.ppo.scoring import score_folder
 
-    options = {"vocabulary": vocabulary, "batch_size": request.batch_size, "amp": amp}
-    score_folder(request, RewardImageReward.name, lambda device: RewardImageReward(weights, device=device, **options))
+    score_folder(
+        request, RewardImageReward.name, functools.partial(RewardImageReward, weights, vocabulary=vocabulary, amp=amp)
+    )
 
 
 if __name__ == "__main__":

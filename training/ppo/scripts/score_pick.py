@@ -8,6 +8,7 @@ The summary goes to stdout. Example:
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import click
@@ -32,8 +33,7 @@ def main(request: ScoreRequest, weights: Path | None, amp: bool) -> None:
     from training.ppo.reward_models.pick import RewardPick
     from training.ppo.scoring import score_folder
 
-    options = {"batch_size": request.batch_size, "amp": amp}
-    score_folder(request, RewardPick.name, lambda device: RewardPick(weights, device=device, **options))
+    score_folder(request, RewardPick.name, functools.partial(RewardPick, weights, amp=amp))
 
 
 if __name__ == "__main__":
