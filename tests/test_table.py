@@ -334,8 +334,9 @@ def test_paths_that_are_no_files(tmp_path):
         with pytest.raises(TableError, match="no such file"):
             load_table(path)
     (tmp_path / "dir.pkl").mkdir()
-    with pytest.raises(TableError, match="folder"):
-        load_table(tmp_path / "dir.pkl")
+    for path in (tmp_path / "dir.pkl", tmp_path):
+        with pytest.raises(TableError, match="this is a folder"):
+            load_table(path)
 
 
 # --- The module form. ---

@@ -39,8 +39,8 @@ def load_table(path: str | os.PathLike[str]) -> SolverTable:
     """
     path = Path(path)
     try:
-        read = _by_suffix(path, {".safetensors": _from_safetensors, ".json": _from_json, ".pkl": _from_pkl})
-        return read(_read_bytes(path))
+        data = _read_bytes(path)
+        return _by_suffix(path, {".safetensors": _from_safetensors, ".json": _from_json, ".pkl": _from_pkl})(data)
     except TableError as err:
         raise TableError(f"{_one_line(path)}: {err}") from err
 
