@@ -220,7 +220,7 @@ def test_device_needs_init(alone):
         ({}, "gpu", "unknown device 'gpu'"),
         ({}, "meta", "unsupported device 'meta'"),
         ({}, "cuda:99", "GPU 99 was asked for, but"),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "99"}, "cuda", "lower --nproc_per_node"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "99"}, "cuda", "or use the device cpu"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda:0", "every process on one GPU"),
         ({"RANK": "1", "WORLD_SIZE": "two", "LOCAL_RANK": "1"}, "cpu", "WORLD_SIZE is 'two'"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "cpu", "LOCAL_RANK is ''"),

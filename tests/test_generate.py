@@ -284,7 +284,7 @@ def test_training_refuses_the_schedule_of_flow_models_too(tmp_path):
 
 
 def test_backbones_say_themselves_whether_they_are_flow_models(net):
-    assert net.is_flow == BACKBONES["emoji"].is_flow
+    assert net.is_flow == BACKBONES["emoji"].family.is_flow
 
 
 def test_folder_and_manifest(tmp_path):
@@ -639,7 +639,7 @@ def test_strange_pictures_are_not_mixed_in(tmp_path):
         ([*BASE, "--prompt", "also this"], "one of the two"),
         ([*BASE[:4]], "one of the two"),
         ([*BASE, "--guidance-rate", "-3"], "guidance_rate -3.0 must be"),
-        ([*BASE, "--model-path", "no/such/model"], "model folder no/such/model does not exist"),
+        ([*BASE, "--model-path", "no/such/model"], "model no/such/model does not exist; give a folder"),
         (["--sampler", "euler", *BASE[2:]], "'euler' is not one of 'ddim'"),
         ([*BASE[:2], "--dataset-name", "lsun", *BASE[4:]], "unknown dataset_name 'lsun'"),
     ],

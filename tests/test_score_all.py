@@ -159,8 +159,12 @@ def test_unequal_folders_are_listed_before_any_model_loads(folders, judges, tmp_
     (folders[1] / "000000/000004.png").unlink()
     (folders[2] / "000000/000001.png").unlink()
     result = run(folders, (None, bad), tmp_path / "a.json")
-    refused(result, "learned lacks 1: seeds 5")
-    for part in ("ddim lacks 2: seeds 4, 5", "heun lacks 1: seeds 1", "--allow-missing compares the 3 that all have"):
+    refused(result, "learned lacks 1 images, of seeds 5")
+    for part in (
+        "ddim lacks 2 images, of seeds 4, 5",
+        "heun lacks 1 images, of seeds 1",
+        "--allow-missing compares the 3 that all have",
+    ):
         assert part in result.stderr
     manifest = folders[0] / "manifest.jsonl"
     manifest.write_text(manifest.read_text() + manifest.read_text().splitlines()[0] + "\n")

@@ -17,7 +17,7 @@ from test_table import PUBLISHED, random_table
 
 from solver_utils import get_schedule
 from training.denoisers import BACKBONES
-from training.denoisers.stable_diffusion import SIGMA_MIN, NoiseTable, read_noise
+from training.denoisers.stable_diffusion import read_noise
 from training.table import load_table, save_table
 from training.table_command import main
 from training.table_facts import table_cost, table_sigmas
@@ -89,8 +89,8 @@ def test_costs_of_every_solver(stu, points):
 @pytest.mark.parametrize("schedule", ["discrete", "logsnr", "time_uniform", "polynomial"])
 def test_sigmas_left_to_the_backbone_are_its_own(schedule):
     table = random_table(0, 5, 2, dataset_name="emoji", schedule_type=schedule)
-    noise = NoiseTable(*read_noise(BACKBONES["emoji"].configs))
-    wanted = get_schedule(6, SIGMA_MIN, noise.sigma(torch.ones(())).item(), None, schedule, 1.0, noise)
+    noise = read_noise(BACKBONES["emoji"].configs)
+    wanted = get_schedule(6, 0.1, noise.sigma(torch.ones(())).item(), None, schedule, 1.0, noise)
     assert table_sigmas(table) == wanted.tolist()
 
 

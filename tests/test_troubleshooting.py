@@ -467,7 +467,7 @@ CASES = {
     "Error: another process writes to ...; choose another --outdir, or use torchrun": Case(
         "Wait for the first", f"{SAMPLE} samples --seeds 0-1", f"{SAMPLE} samples --seeds 0-1", locked("samples")
     ),
-    "Error: GPU ... was asked for, but ... can be seen here: lower --nproc_per_node, ...": Case(
+    "Error: GPU ... was asked for, but ... can be seen here: ...": Case(
         "--device cpu",
         f"{SAMPLE} other --seeds 0 --device cpu",
         f"CUDA_VISIBLE_DEVICES= {SAMPLE} other --seeds 0 --device cuda",

@@ -55,6 +55,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file, or one that nobody knows
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -97,10 +97,11 @@ def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
     if chosen.index is not None and ranks > 1:
         raise DistributedError(f"device {name} under torchrun would put every process on one GPU: use cuda")
     index = local_rank if chosen.index is None else chosen.index
-    if index >= torch.cuda.device_count():
+    seen = torch.cuda.device_count()
+    if index >= seen:
+        advice = "lower --nproc_per_node, choose another GPU" if seen else "python -m training.ppo.doctor tells more"
         raise DistributedError(
-            f"GPU {index} was asked for, but {torch.cuda.device_count()} can be seen here: "
-            "lower --nproc_per_node, choose another GPU, or use the device cpu"
+            f"GPU {index} was asked for, but {seen or 'none'} can be seen here: {advice}, or use the device cpu"
         )
     return torch.device("cuda", index)
 
@@ -136,8 +137,12 @@ def _call_roll() -> None:
     try:
         dist.monitored_barrier(_roll_call, _timeout)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise DistributedError(f"rank {dist.get_rank()} stops, for another one is lost or hangs: {reason}") from error
+        # What follows is of Gloo's connections, and of no use to who reads it but for this.
+        reason, _, cause = " ".join(str(error).split()).partition(" Original exception: ")
+        ended = " (its process ended)" if "Connection" in cause else ""
+        raise DistributedError(
+            f"rank {dist.get_rank()} stops, for another one is lost or hangs: {reason}{ended}"
+        ) from error
 
 
 def shutdown() -> None:

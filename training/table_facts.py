@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from solver_utils import NFE, SolverError, count_nfe, get_schedule
 
 if TYPE_CHECKING:
@@ -48,12 +46,12 @@ def table_sigmas(table: SolverTable) -> list[float] | None:
 
     shift, mu = time_shift(table)
     low, high, noise = table.sigma_min, table.sigma_max, None
-    if table.dataset_name in BACKBONES and (table.schedule_type == "discrete" or low is None or high is None):
-        from training.denoisers.stable_diffusion import SIGMA_MIN, NoiseTable, read_noise
-
-        noise = NoiseTable(*read_noise(BACKBONES[table.dataset_name].configs))
-        low = SIGMA_MIN if low is None else low
-        high = noise.sigma(torch.ones(())).item() if high is None else high
+    backbone = BACKBONES.get(table.dataset_name)
+    if backbone is not None and (table.schedule_type == "discrete" or low is None or high is None):
+        noise = backbone.noise()
+    if noise is not None:
+        low = noise.sigma_min if low is None else low
+        high = noise.sigma_max if high is None else high
     own_time = table.schedule_type == "flowmatch" and shift is None and mu is None
     if low is None or high is None or own_time or (table.schedule_type == "discrete" and noise is None):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,20 @@ from torch_utils.resources import SOURCES
 from training.denoisers.base import PRECISIONS, Denoiser, ModelError, TextCond
 from training.denoisers.replay import COMPILE_MODES
 from training.denoisers.single_file import SUFFIXES
-from training.denoisers.stable_diffusion import StableDiffusion, check_source, read_config
+from training.denoisers.stable_diffusion import (
+    NoiseTable,
+    StableDiffusion,
+    check_source,
+    picture_size,
+    read_noise,
+    weight_files,
+)
 
 __all__ = [
     "BACKBONES",
     "EMBEDDED",
     "Denoiser",
+    "Family",
     "ModelError",
     "TextCond",
     "check_model",
@@ -32,17 +41,46 @@ EMBEDDED = SOURCES / "embedded"
 
 
 @dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    denoiser      (source, configs, dataset_name, guidance_rate, device, precision, compile_mode) -> its `Denoiser`; the
+                  first is the folder or file of the weights, the second see `Backbone`.
+    is_flow       as of the `Denoiser`, known here before the weights are.
+    check         raises `ModelError` for a folder or file that holds no weights of this kind.
+    weight_files  the files of a folder or file of weights.
+    noise         the noise levels by the configurations; None: the loaded model alone knows them.
+    pixels        the side of its pictures by the configurations; None: the loaded model alone knows it.
+    """
+
+    denoiser: Callable[..., Denoiser]
+    is_flow: bool = False
+    check: Callable[[Path], None] = lambda source: None
+    weight_files: Callable[[Path], list[Path]] = lambda source: []
+    noise: Callable[[Path], NoiseTable] | None = None
+    pixels: Callable[[Path], int] | None = None
+
+
+STABLE_DIFFUSION = Family(
+    StableDiffusion, check=check_source, weight_files=weight_files, noise=read_noise, pixels=picture_size
+)
+
+
+@dataclass(frozen=True)
 class Backbone:
     """`configs`: the configurations for weights in a single file, in diffusers' folder layout.
 
     `asset`: the key by which the weights are downloaded; None where they lie beside the configurations.
-    `is_flow`: as of its Denoiser, known here before the weights are.
     """
 
     title: str
     configs: Path
     asset: str | None = None
-    is_flow: bool = False
+    family: Family = STABLE_DIFFUSION
+
+    def noise(self) -> NoiseTable | None:
+        """The noise levels that the configurations tell."""
+        return None if self.family.noise is None else self.family.noise(self.configs)
 
 
 BACKBONES = {
@@ -67,7 +105,7 @@ def check_model(
     weights = model_weights(dataset_name, model_path)
     source = locate(weights) if isinstance(weights, str) else weights
     if source is not None:
-        check_source(source)
+        BACKBONES[dataset_name].family.check(source)
     return source
 
 
@@ -95,7 +133,7 @@ def model_weights(dataset_name: str, model_path: str | Path | None) -> Path | st
 def check_model_schedule(dataset_name: str, schedule_type: str) -> None:
     """Raise `ModelError` for the schedule type of flow models on a backbone of BACKBONES that is none."""
     backbone = BACKBONES[dataset_name]
-    if schedule_type == "flowmatch" and not backbone.is_flow:
+    if schedule_type == "flowmatch" and not backbone.family.is_flow:
         raise ModelError(
             f"schedule flowmatch is for flow models; use discrete or polynomial for {dataset_name}, {backbone.title}"
         )
@@ -112,7 +150,7 @@ def find_model(
     _check_arguments(dataset_name, guidance_type, guidance_rate, precision)
     weights = model_weights(dataset_name, model_path)
     source = check_file_by_key(weights) if isinstance(weights, str) else weights
-    check_source(source)
+    BACKBONES[dataset_name].family.check(source)
     return source
 
 
@@ -121,16 +159,10 @@ def note_resolution(dataset_name: str, source: Path, claimed: int | None) -> str
 
     `source` is what `find_model` gave. The published Stable Diffusion v1.5 tables claim 1024 and were made at 512.
     """
-    if claimed is None:
+    backbone = BACKBONES[dataset_name]
+    if claimed is None or backbone.family.pixels is None:
         return None
-    configs = source if source.is_dir() else BACKBONES[dataset_name].configs
-    latents, blocks = (
-        read_config(configs, "unet").get("sample_size"),
-        read_config(configs, "vae").get("block_out_channels"),
-    )
-    if type(latents) is not int or not isinstance(blocks, list):
-        raise ModelError(f"{configs} does not say the size of its pictures; Stable Diffusion 1.x needed")
-    pixels = latents * 2 ** (len(blocks) - 1)  # the VAE halves the picture between its levels
+    pixels = backbone.family.pixels(source if source.is_dir() else backbone.configs)
     if claimed == pixels:
         return None
     return f"note: the table says {claimed} pixels, the model makes {pixels}: pictures of {pixels} are made"
@@ -161,10 +193,10 @@ def create_model(
     if compile_mode not in COMPILE_MODES:
         raise ModelError(f"unknown compile_mode {compile_mode!r}; use one of {', '.join(COMPILE_MODES)}")
     source = find_model(dataset_name, guidance_type, guidance_rate, model_path, precision)
-    configs = BACKBONES[dataset_name].configs
-    device = torch.device(device)
+    backbone, device = BACKBONES[dataset_name], torch.device(device)
+    model = source, backbone.configs, dataset_name, guidance_rate, device, precision, compile_mode
     try:
-        return StableDiffusion(source, configs, dataset_name, guidance_rate, device, precision, compile_mode)
+        return backbone.family.denoiser(*model)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{device} has not the memory that the model itself takes in {precision}; choose float16 or bfloat16, or "

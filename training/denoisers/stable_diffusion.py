@@ -28,6 +28,7 @@ WEIGHT_FILES = {
     "text_encoder": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
 }
+WANTED = f"give a folder in diffusers' layout, or a single {' or '.join(SUFFIXES)} file"
 MAX_TIMESTEPS = 100_000
 ODD_FILES = ("*.index.json", "adapter_*")  # which the libraries would take for the weights, or add to them
 # Where sampling stops: below it SD's latents change too little to be worth an evaluation, and the published tables
@@ -45,6 +46,8 @@ class NoiseTable:
     D.4 has this interpolation). Outside the table the first and last segments are extended.
     """
 
+    sigma_min = SIGMA_MIN
+
     def __init__(self, beta_start: float, beta_end: float, num_timesteps: int):
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
         self.log_alpha = 0.5 * torch.log1p(-betas).cumsum(0)  # [n] float64, falling
@@ -53,6 +56,11 @@ class NoiseTable:
     def to(self, device: torch.device) -> Self:
         self.log_alpha, self.times = self.log_alpha.to(device), self.times.to(device)
         return self
+
+    @property
+    def sigma_max(self) -> float:
+        """The noise level of time 1."""
+        return self.sigma(torch.ones(())).item()
 
     def sigma(self, t: Tensor) -> Tensor:
         """sigma(t) = sqrt(1 - alpha^2)/alpha, float64."""
@@ -109,14 +117,12 @@ class StableDiffusion(Denoiser):
         self.unet = BranchedUNet(unet)
         self.vae = vae.to(memory_format=torch.channels_last)
         self.tokenizer = load_tokenizer(folder, self.text_encoder.config.max_position_embeddings)
-        self.table = NoiseTable(*read_noise(folder))
-        self.table.to(device)
+        self.table = read_noise(folder).to(device)
         self.img_channels = self.unet.config.in_channels
         self.img_resolution = self.unet.config.sample_size
         pixels = (self.img_resolution * 2 ** (len(self.vae.config.block_out_channels) - 1)) ** 2
         self.decoded_at_once = max(DECODED_AT_ONCE // pixels, 1)
-        self.sigma_min = SIGMA_MIN
-        self.sigma_max = self.table.sigma(torch.ones(())).item()
+        self.sigma_min, self.sigma_max = self.table.sigma_min, self.table.sigma_max
         self.calls = self.rows = 0
         self.noted: set[str] = set()  # prompts that were looked at for their length
         try:
@@ -282,15 +288,29 @@ def check_source(source: Path) -> None:
         check_single_file(source)
 
 
+def weight_files(source: Path) -> list[Path]:
+    """What a model's folder, or its single file, has the weights in."""
+    return [source / part / name for part, name in WEIGHT_FILES.items()] if source.is_dir() else [source]
+
+
+def picture_size(folder: Path) -> int:
+    """Height and width in pixels of what the model makes, by the folder's configurations."""
+    latents = read_config(folder, "unet").get("sample_size")
+    blocks = read_config(folder, "vae").get("block_out_channels")
+    if type(latents) is not int or not isinstance(blocks, list):
+        raise ModelError(f"{folder} does not say the size of its pictures; Stable Diffusion 1.x needed")
+    return latents * 2 ** (len(blocks) - 1)  # the VAE halves the picture between its levels
+
+
 def check_folder(folder: Path) -> None:
     """Raise `ModelError`, one line, unless `folder` holds every part of a Stable Diffusion 1.x model."""
     if not folder.is_dir():
-        raise ModelError(f"model folder {folder} does not exist; give a folder in diffusers' layout")
+        raise ModelError(f"model {folder} does not exist; {WANTED}")
     needed = ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"]
     needed += [f"{part}/{name}" for part, weights in WEIGHT_FILES.items() for name in ("config.json", weights)]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"model folder {folder} lacks {', '.join(missing)}")
+        raise ModelError(f"model folder {folder} lacks {', '.join(missing)}; {WANTED}")
     for part in WEIGHT_FILES:
         read_config(folder, part)
         if odd := [path.name for pattern in ODD_FILES for path in (folder / part).glob(pattern)]:
@@ -298,8 +318,8 @@ def check_folder(folder: Path) -> None:
     read_noise(folder)
 
 
-def read_noise(folder: Path) -> tuple[float, float, int]:
-    """`NoiseTable`'s arguments from the folder's scheduler; raises `ModelError` for one of another kind of model."""
+def read_noise(folder: Path) -> NoiseTable:
+    """The noise table of the folder's scheduler; raises `ModelError` for one of another kind of model."""
     path = folder / "scheduler/scheduler_config.json"
     try:
         scheduler = read_model_config(path)
@@ -309,5 +329,5 @@ def read_noise(folder: Path) -> tuple[float, float, int]:
     match [scheduler.get(name) for name in ("beta_start", "beta_end", "num_train_timesteps")]:
         case [float(first), float(last), int(count)] if 0 < first < last < 1 and 2 <= count <= MAX_TIMESTEPS:
             if schedule == "scaled_linear" and prediction == "epsilon":
-                return first, last, count
+                return NoiseTable(first, last, count)
     raise ModelError(f"{folder} has noise schedule {schedule} and predicts {prediction}; Stable Diffusion 1.x needed")

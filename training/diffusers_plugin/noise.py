@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from training.denoisers import ModelError
-from training.denoisers.stable_diffusion import MAX_TIMESTEPS, SIGMA_MIN, NoiseTable
+from training.denoisers.stable_diffusion import MAX_TIMESTEPS, NoiseTable
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -22,7 +22,6 @@ class ModelNoise(NoiseTable):
     """
 
     is_flow = False
-    sigma_min = SIGMA_MIN
 
     def __init__(self, num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str, predicts: str):
         if beta_schedule != "scaled_linear" or predicts not in PREDICTIONS:
@@ -36,7 +35,6 @@ class ModelNoise(NoiseTable):
             case numbers:
                 raise ModelError(f"the scheduler's configuration has no usable noise table: {ascii(numbers)[:100]}")
         self.predicts = predicts
-        self.sigma_max = self.sigma(torch.ones(())).item()
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> Self:

@@ -244,7 +244,6 @@ class Checkup:
         """`check_model` is given a path, with which it hashes nothing."""
         from torch_utils.download_util import ASSETS, find_asset, stored_folder
         from training.denoisers import BACKBONES, check_model, model_weights, note_resolution
-        from training.denoisers.stable_diffusion import WEIGHT_FILES
 
         if model.dataset_name not in BACKBONES:
             yield Finding(NOTE, "model", f"not checked: there is none called {model.dataset_name}")
@@ -263,8 +262,7 @@ class Checkup:
         if asset is not None and asset.key in ASSETS:
             yield from self.verify_asset("model", asset, source, fetch_command(asset.key))
         else:
-            parts = [source / part / name for part, name in WEIGHT_FILES.items()] if source.is_dir() else [source]
-            yield from self.verify_own("model", source, parts)
+            yield from self.verify_own("model", source, BACKBONES[model.dataset_name].family.weight_files(source))
         if self.start is not None and (note := note_resolution(model.dataset_name, source, self.start.img_resolution)):
             yield Finding(NOTE, "model", note.removeprefix("note: "))
 

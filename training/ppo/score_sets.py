@@ -43,7 +43,8 @@ def collect_sets(
     if common == everything:
         return sets
     lacking = [
-        f"{found.folder} lacks {len(everything - own)}: seeds {listing(sorted(seed for seed, _ in everything - own))}"
+        f"{found.folder} lacks {len(everything - own)} images, of seeds "
+        f"{listing(sorted(seed for seed, _ in everything - own))}"
         for found, own in zip(sets, images, strict=True)
         if own != everything
     ]
