@@ -153,7 +153,9 @@ def folder_rows(metric: str, folder: Path, device: torch.device, settings: dict)
         reward.score(pictures(FOLDER_BATCH, size, device), prompts(FOLDER_BATCH))  # the first call, which warms up
         log = io.StringIO()
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            took = seconds(partial(score_folder, request, reward.name, lambda _, reward=reward: reward), device)
+            took = seconds(
+                partial(score_folder, request, reward.name, lambda device, batch_size, reward=reward: reward), device
+            )
         waited = re.search(r"(\d+)% of it waiting for files", log.getvalue())
         if waited is None:
             raise UserError(f"the scorer does not say how long it waited for files: {log.getvalue()[-200:]!r}")

@@ -426,8 +426,8 @@ CASES = {
     ),
     "Error: trainer.algorithm=pathwise needs rewards that can be differentiated, and ... cannot; use rdpo": Case(
         "--override trainer.algorithm=rdpo",
-        f"{LAUNCH} --override reward.type=own_rewards:detached --override trainer.algorithm=rdpo",
-        f"{LAUNCH} --override reward.type=own_rewards:detached --override trainer.algorithm=pathwise",
+        f"{LAUNCH} --override reward.type=mistaken_rewards:detached --override trainer.algorithm=rdpo",
+        f"{LAUNCH} --override reward.type=mistaken_rewards:detached --override trainer.algorithm=pathwise",
     ),
     # Tables
     "Error: ...: unknown table format ...; use .safetensors, .json, .pkl": Case(
@@ -490,8 +490,8 @@ CASES = {
     ),
     "Error: step ...: ... gave nan for the prompt ...; ..., more than ppo.max_dropped_groups=...; ...": Case(
         "--override ppo.max_dropped_groups=100",
-        f"{LAUNCH} --override reward.type=own_rewards:broken --override ppo.max_dropped_groups=100",
-        f"{LAUNCH} --override reward.type=own_rewards:broken --override ppo.max_dropped_groups=0",
+        f"{LAUNCH} --override reward.type=mistaken_rewards:broken --override ppo.max_dropped_groups=100",
+        f"{LAUNCH} --override reward.type=mistaken_rewards:broken --override ppo.max_dropped_groups=0",
     ),
     "Error: step ...: cannot write ...; make room there and start again, the run goes on from ...": Case(
         "Make room and give the same command", f"{LAUNCH} --resume never", f"{LAUNCH} --resume never", no_room
@@ -502,7 +502,7 @@ CASES = {
     "step ...: ... rose by ... over step ..., but ... fell by ... (...): the policy exploits the reward; ...": Case(
         "--override evaluation.on_divergence=stop",
         "python -m training.ppo.launch --config embedded --override evaluation.on_divergence=stop --dry-run",
-        f"{LAUNCH} --override reward.type=own_rewards:grainy --override trainer.algorithm=pathwise "
+        f"{LAUNCH} --override reward.type=mistaken_rewards:grainy --override trainer.algorithm=pathwise "
         "--override pathwise.learning_rate=1 --override ppo.train_scale_dir=true --override ppo.steps=1 "
         "--override evaluation.interval=1 --override evaluation.metrics=[emoji_heldout] "
         "--override evaluation.num_prompts=4 --override evaluation.prompt_file=src/prompts/emoji_eval.txt",
@@ -618,7 +618,7 @@ def stock(tmp_path_factory) -> Path:
     (folder / "small.yaml").write_text(SMALL)
     (folder / "prompts.txt").write_text("a red apple\na blue bird\n")
     (folder / "own").mkdir()
-    (folder / "own/own_rewards.py").write_text(REWARDS)
+    (folder / "own/mistaken_rewards.py").write_text(REWARDS)
     with contextlib.chdir(folder):
         done(LAUNCH)
         (made,) = Path("exps").iterdir()
