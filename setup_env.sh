@@ -32,10 +32,12 @@ ensure_python() {
         echo "Error: python3 must be Python 3.11 to 3.13; install one and put it first in PATH" >&2
         return 2
     fi
-    echo "+ python3 -m venv .venv, then pip install the versions of requirements.txt (some 5 GB, a minute or more)" >&2
+    echo "+ python3 -m venv .venv, then pip install the versions of requirements.txt (some 6 GB, a minute or more)" >&2
     python3 -m venv .venv
     PYTHON=.venv/bin/python
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt ${extra:+-r requirements-$extra.txt}
+    # On a terminal pip shows its bars: gigabytes may take a while.
+    "$PYTHON" -m pip install $([ -t 2 ] || echo --quiet) --disable-pip-version-check -r requirements.txt \
+        ${extra:+-r requirements-$extra.txt} >&2
     if ! has_dependencies "$PYTHON" "$extra"; then
         echo "Error: .venv is incomplete after the installation, for the reason above; delete .venv to begin anew" >&2
         return 2

@@ -441,4 +441,6 @@ def _generate(
     distributed.barrier()
     if distributed.is_main():
         manifest.join(todo)
-        distributed.print0(f"{manifest.path}: {json.dumps(plan.record() | {'images': len(prompt_of)})}")
+        nfe = plan.nfe()
+        cost = f"{nfe.parallel_nfe} sequential calls, {nfe.nfe} evaluations, {nfe.forwards} rows each"
+        distributed.print0(f"{len(prompt_of)} images by {plan.solver}, {cost}; {manifest.path} describes them")

@@ -46,7 +46,8 @@ class Models:
 def launch(config: Config, resume: str, device: str) -> int:
     """Check, load, train; returns the number of the signal that ended the run early, or 0.
 
-    `device` is auto, cpu or cuda; `resume` as in `open_run`. A `UserError` comes before anything is written.
+    `device` is auto, cpu or cuda; `resume` as in `open_run`. A `UserError` comes before anything is written, but for
+    what only the first step can show, such as a reward without the gradient that it needs.
     """
     from torch_utils import distributed
     from training.ppo.inputs import load_inputs

@@ -53,7 +53,8 @@ p { margin: .4rem 0 .8rem; }
 .card svg { display: block; width: 100%; height: auto; }
 .card .now { font-variant-numeric: tabular-nums; margin: 0; } .key { font-size: .85rem; margin: .2rem 0 0; }
 .key i { display: inline-block; width: 1.1em; height: .25em; vertical-align: middle; margin: 0 .4em 0 0; }
-.key i.c0 { background: var(--c0); } .key i.c1 { background: var(--c1); } .key span { margin-right: 1em; }
+.key i.c0 { background: var(--c0); } .key i.c1 { background: var(--c1); } .key span { display: inline-block;
+  margin-right: 1em; }
 svg text { font: 12px system-ui, "DejaVu Sans", sans-serif; fill: var(--soft-ink); }
 .grid { stroke: var(--line); fill: none; } .axis { stroke: var(--soft-ink); fill: none; }
 .mark { stroke: var(--soft-ink); stroke-dasharray: 3 4; fill: none; }
