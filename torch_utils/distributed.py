@@ -70,10 +70,10 @@ def joined(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[None
     init(device, timeout_minutes)
     try:
         yield
+        shutdown()
     except BaseException:
         _abandon()
         raise
-    shutdown()
 
 
 def _environment_number(name: str) -> int:
@@ -146,9 +146,13 @@ def _call_roll() -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group together with the other ranks, if there is one, and forget the device."""
+    """Leave the process group together with the other ranks, if there is one, and forget the device.
+
+    Raises `DistributedError` naming a rank that does not come.
+    """
     global _device, _roll_call
     if dist.is_initialized():
+        _call_roll()  # NCCL's own end would wait for ever, and Gloo's leave somebody behind
         dist.destroy_process_group()
     _device = _roll_call = None
 

@@ -348,7 +348,6 @@ def write_images(
                 if grid and distributed.is_main():
                     pictures = torch.stack([manifest.load(seed) for seed in seeds[:GRID_IMAGES]])
                     save_png(image_grid(pictures, columns=min(8, len(pictures))), outdir / GRID)
-                distributed.barrier()
     except torch.OutOfMemoryError as error:
         advice = "lower --batch"
         if plan.table is not None:

@@ -32,6 +32,7 @@ PHASES = {
     "update": (RDPO, "_optimize"),
     "gather": (distributed, "all_gather"),
     "save": (checkpoint.os, "replace"),
+    "end": (distributed, "shutdown"),
 }
 # The same for backward passes: the fault comes when the gradient of what the function gave is known, and no other yet.
 BACKWARD = {

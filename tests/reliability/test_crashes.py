@@ -65,13 +65,20 @@ def environment() -> dict[str, str]:
 
 
 def start(
-    root: Path, phase: str, rank: int, name: str, *, restarts: int = 2, extra: Sequence[str] = ()
+    root: Path,
+    phase: str,
+    rank: int,
+    name: str,
+    *,
+    step: int = FAULT_STEP,
+    restarts: int = 2,
+    extra: Sequence[str] = (),
 ) -> subprocess.Popen:
     """The toy on two ranks under torchrun, with the settings of train.sh, in a session of its own."""
     config = write_files(root)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launcher += [f"--max-restarts={restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    fault = [phase, str(FAULT_STEP), str(rank), name, str(root), DEVICE]
+    fault = [phase, str(step), str(rank), name, str(root), DEVICE]
     program = [str(HERE / "faulty_training.py"), *fault, str(config), "auto"]
     return subprocess.Popen(
         [*launcher, *program, *OPTIONS, *extra],
@@ -131,8 +138,9 @@ def assert_a_kill_costs_little(
     assert not [path for path in directory.path.rglob(".*.tmp")]
 
 
-def test_a_rank_that_hangs_is_named_and_replaced(tmp_path, undisturbed):
-    process = start(tmp_path, "reward", 1, "STOP", extra=["run.timeout_minutes=0.1"])
+@pytest.mark.parametrize(("phase", "step"), [("reward", FAULT_STEP), ("end", STEPS)])
+def test_a_rank_that_hangs_is_named_and_replaced(tmp_path, undisturbed, phase, step):
+    process = start(tmp_path, phase, 1, "STOP", step=step, extra=["run.timeout_minutes=0.1"])
     messages = finish(process)
     assert process.returncode == 0, messages
     assert (

@@ -40,7 +40,7 @@ PLACES = {
     "logging": (reporting, "append_line"),
     "grid": (reporting, "save_png"),
     "saving": (ppo_trainer, "save_checkpoint"),
-    "tensorboard": (reporting.Reporter, "_to_board"),
+    "tensorboard": (reporting.Reporter, "_to_boards"),
 }
 place, call, disk, config, *overrides = sys.argv[1:]
 holder, name = PLACES[place]

@@ -113,8 +113,6 @@ def train(config: Config, inputs: Inputs, models: Models, resume: str) -> int:
         signum = trainer.train(stop)
         if trainer.guard.best_step is not None:
             distributed.print0(trainer.guard.summary())
-        # Rank 0 is still writing when the others are done: a Gloo group that is left early can abort the leaver.
-        distributed.barrier()
         distributed.print0(directory.path, file=sys.stdout)
         return signum
 
