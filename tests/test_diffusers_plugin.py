@@ -814,6 +814,9 @@ def test_names_and_places_that_will_not_do(tmp_path):
         EPDTable.from_pretrained("me/table@v1", revision="v2")
     with pytest.raises(TableError, match="holds neither"):
         EPDTable.from_pretrained(tmp_path)
+    for name, words in (("file", "unknown table format"), ("none", "no file or folder here")):
+        with pytest.raises(TableError, match=words):
+            EPDTable.from_pretrained(tmp_path / name)
     with pytest.raises(TableError, match="cannot be written"):
         MADE.save_pretrained(tmp_path / "file")
     for name in ("table", "me/table@v1", "../x"):

@@ -90,7 +90,7 @@ class EPDTable:
         if revision is not None:
             raise TableError(f"{shown} is no repository of the hub, so it has no revision {ascii(revision)[:80]}")
         if not path.is_dir():
-            if path.suffix not in TABLE_SUFFIXES:
+            if path.suffix not in TABLE_SUFFIXES and not path.exists():
                 raise TableError(f"{shown} is no file or folder here, and not owner/name of the hub")
             table = load_table(path)
             return cls(table, _base_model(table))
