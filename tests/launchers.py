@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 
 NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+TESTS = Path(__file__).resolve().parent
+
+
+def python_path() -> str:
+    """PYTHONPATH by which a program anywhere finds the project and what the tests share, and what is found already."""
+    return os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")]))
 
 
 def free_port() -> int:

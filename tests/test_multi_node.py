@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from launchers import free_port
+from launchers import free_port, python_path
 from toy_training import run_toy, write_files
 
 import sample
@@ -52,8 +52,7 @@ def from_the_project(monkeypatch):
 
 
 def environment(**variables: object) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path()}
     return {**os.environ, **own, **{name: str(value) for name, value in variables.items()}}
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launchers import NEEDS_TWO_GPUS
+from launchers import NEEDS_TWO_GPUS, python_path
 
 from training.images import load_image
 from training.manifest import image_name
@@ -58,8 +58,7 @@ def start(
         device,
     ]
     command += ["--outdir", str(folder / "out"), "--seeds", "0-1", *arguments]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launchers import python_path
 from toy_training import Models, ToyDenoiser, ToyReward, run_toy, toy_inputs, toy_models, write_files
 
 from torch_utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -72,8 +73,7 @@ def run_program(toy, *arguments, ranks=1, **options):
     """The toy as a program of its own: plain, or `ranks` processes under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, REPOSITORY / "tests" / "toy_training.py", toy, *arguments]
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launchers import python_path
 from toy_training import run_toy, write_files
 
 from torch_utils.checkpoint import load_checkpoint
@@ -24,7 +25,6 @@ from training.ppo.run_dir import RunDirectory
 
 pytestmark = pytest.mark.reliability
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 STEPS, SAVE_EVERY, FAULT_STEP = 6, 2, 4
 OPTIONS = [f"ppo.steps={STEPS}", f"logging.save_interval={SAVE_EVERY}"]
 STOP_S = 10.0
@@ -59,9 +59,8 @@ def undisturbed_pathwise(tmp_path_factory) -> RunDirectory:
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     settings = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | settings
+    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | settings
 
 
 def start(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from launchers import python_path
 from toy_training import run_toy, write_files
 
 from torch_utils.checkpoint import CheckpointError, load_checkpoint, record_path, save_checkpoint
@@ -197,9 +198,10 @@ except UserError as error:
 def test_a_full_disk_is_said_and_costs_nothing_that_was_saved(toy, tmp_path, limit):
     """The system refuses to make any file longer than `limit` bytes from the fifth step on, as a full disk would."""
     (tmp_path / "program.py").write_text(FULL_DISK)
-    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path), str(limit)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": python_path()}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2, done.stderr
     assert "cannot write" in done.stdout and "File too large; make room there and start again" in done.stdout
     directory = only_run(tmp_path)
@@ -245,8 +247,7 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 def test_two_real_runs_in_one_folder(toy, tmp_path):
     """The first stands still in its fourth step; the second is refused; the first is killed; a third goes on."""
     options = ["ppo.steps=6", "evaluation.interval=0"]
-    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     program = [
         sys.executable,
         str(HERE / "faulty_training.py"),

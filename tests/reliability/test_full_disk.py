@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from launchers import python_path
 from toy_training import run_toy, write_files
 
 import sample_baseline
@@ -21,7 +22,6 @@ from training.ppo.run_dir import RunDirectory
 
 pytestmark = pytest.mark.reliability
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 STEPS = 8
 OPTIONS = [f"ppo.steps={STEPS}", "logging.tensorboard=true"]
 
@@ -118,9 +118,10 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
         for path in disk.rglob("policy-step00000[468].pt*"):
             path.unlink()
     (tmp_path / "full_disk.py").write_text(PROGRAM)
-    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, tmp_path / "full_disk.py", place, str(call), disk, config, *options]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": python_path()}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2, done.stderr
     assert done.stdout.count("\n") == 1 and "No space left on device" in done.stdout and str(disk) in done.stdout
     for folder in (disk / "exps").iterdir():

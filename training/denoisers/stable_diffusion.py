@@ -120,8 +120,8 @@ class StableDiffusion(Denoiser):
         self.table = read_noise(folder).to(device)
         self.img_channels = self.unet.config.in_channels
         self.img_resolution = self.unet.config.sample_size
-        pixels = (self.img_resolution * 2 ** (len(self.vae.config.block_out_channels) - 1)) ** 2
-        self.decoded_at_once = max(DECODED_AT_ONCE // pixels, 1)
+        side = _decoded_side(self.img_resolution, self.vae.config.block_out_channels)
+        self.decoded_at_once = max(DECODED_AT_ONCE // side**2, 1)
         self.sigma_min, self.sigma_max = self.table.sigma_min, self.table.sigma_max
         self.calls = self.rows = 0
         self.noted: set[str] = set()  # prompts that were looked at for their length
@@ -299,7 +299,12 @@ def picture_size(folder: Path) -> int:
     blocks = read_config(folder, "vae").get("block_out_channels")
     if type(latents) is not int or not isinstance(blocks, list):
         raise ModelError(f"{folder} does not say the size of its pictures; Stable Diffusion 1.x needed")
-    return latents * 2 ** (len(blocks) - 1)  # the VAE halves the picture between its levels
+    return _decoded_side(latents, blocks)
+
+
+def _decoded_side(latents: int, blocks: Sequence[int]) -> int:
+    """The picture's side by that of its latents: the VAE halves it between its levels."""
+    return latents * 2 ** (len(blocks) - 1)
 
 
 def check_folder(folder: Path) -> None:
