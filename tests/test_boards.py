@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import json
 import os
 import statistics
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from run_folders import lines, only_run
 from test_scoring import refused
 from toy_training import run_toy, write_files
 
@@ -22,7 +22,7 @@ from training.images import load_image
 from training.ppo.config import Config, ConfigError, check_packages, load_config
 from training.ppo.launch import main
 from training.ppo.ppo_trainer import mean_and_interval
-from training.ppo.run_dir import FREE_KEYS, RunDirectory
+from training.ppo.run_dir import FREE_KEYS
 
 try:
     import wandb
@@ -34,15 +34,6 @@ needs_wandb = pytest.mark.skipif(wandb is None, reason="the package wandb is not
 @pytest.fixture
 def toy(tmp_path):
     return write_files(tmp_path)
-
-
-def only_run(root):
-    (path,) = (root / "exps").iterdir()
-    return RunDirectory(path)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_intervals_are_over_independent_scores():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import lines, only_run
 from toy_training import ToyDenoiser, ToyReward, run_toy, toy_models, write_files
 
 from torch_utils.checkpoint import load_checkpoint
@@ -285,15 +286,6 @@ class Faulty(ToyReward):
 @pytest.fixture
 def toy(tmp_path):
     return write_files(tmp_path)
-
-
-def only_run(tmp_path) -> RunDirectory:
-    (folder,) = (tmp_path / "exps").iterdir()
-    return RunDirectory(folder)
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def two_rewards(transform: str) -> Models:

@@ -1,6 +1,5 @@
 """The whole loop on the toy: it learns, its logs hold, and neither ranks nor interruptions change its numbers."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launchers import python_path
+from run_folders import lines, only_run, without_timings
 from toy_training import Models, ToyDenoiser, ToyReward, run_toy, toy_inputs, toy_models, write_files
 
 from torch_utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -33,22 +33,6 @@ def toy(tmp_path):
     return write_files(tmp_path)
 
 
-def only_run(root):
-    (path,) = (root / "exps").iterdir()
-    return RunDirectory(path)
-
-
-def lines(path):
-    def refuse(name):
-        raise ValueError(f"{name} is not strict JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-
-
-def without_timings(records):
-    return [{k: v for k, v in record.items() if "second" not in k} for record in records]
-
-
 def final_state(directory):
     return load_checkpoint(directory.latest_checkpoint())
 
@@ -65,8 +49,8 @@ def assert_same_policy(first, second):
 
 
 def assert_same_logs(first, second):
-    assert without_timings(lines(first.metrics)) == without_timings(lines(second.metrics))
-    assert without_timings(lines(first.evaluations)) == without_timings(lines(second.evaluations))
+    assert without_timings(first.metrics) == without_timings(second.metrics)
+    assert without_timings(first.evaluations) == without_timings(second.evaluations)
 
 
 def run_program(toy, *arguments, ranks=1, **options):

@@ -5,7 +5,6 @@ Over Gloo on the CPU; over NCCL where there is a GPU.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from launchers import python_path
+from run_folders import assert_same_end, only_run
 from toy_training import run_toy, write_files
 
 from torch_utils.checkpoint import load_checkpoint
@@ -29,16 +29,6 @@ STEPS, SAVE_EVERY, FAULT_STEP = 6, 2, 4
 OPTIONS = [f"ppo.steps={STEPS}", f"logging.save_interval={SAVE_EVERY}"]
 STOP_S = 10.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def only_run(root: Path) -> RunDirectory:
-    (folder,) = (root / "exps").iterdir()
-    return RunDirectory(folder)
-
-
-def without_timings(path: Path) -> list[dict]:
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in record.items() if "second" not in key} for record in records]
 
 
 PATHWISE = ["trainer.algorithm=pathwise", "pathwise.learning_rate=0.1"]
@@ -98,15 +88,6 @@ def finish(process: subprocess.Popen, timeout: float = 150) -> str:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def assert_as_undisturbed(directory: RunDirectory, undisturbed: RunDirectory) -> None:
-    ours, theirs = (load_checkpoint(run.checkpoint(STEPS)) for run in (directory, undisturbed))
-    assert ours["policy"].keys() == theirs["policy"].keys()
-    for name, weight in theirs["policy"].items():
-        assert torch.equal(ours["policy"][name], weight)
-    assert without_timings(directory.metrics) == without_timings(undisturbed.metrics)
-    assert without_timings(directory.evaluations) == without_timings(undisturbed.evaluations)
-
-
 @pytest.mark.parametrize(
     ("phase", "rank"),
     [("rollout", 1), ("reward", 0), ("update", 1), ("backward", 1), ("gather", 1), ("gather", 0), ("save", 0)],
@@ -133,7 +114,7 @@ def assert_a_kill_costs_little(
     assert starts[2] - killed < STOP_S, messages
     print(f"{DEVICE}: rank {rank} killed in {phase}, all started again after {starts[2] - killed:.1f} s")
     directory = only_run(tmp_path)
-    assert_as_undisturbed(directory, undisturbed)
+    assert_same_end(directory, undisturbed, STEPS)
     assert not [path for path in directory.path.rglob(".*.tmp")]
 
 
@@ -145,7 +126,7 @@ def test_a_rank_that_hangs_is_named_and_replaced(tmp_path, undisturbed, phase, s
     assert (
         "rank 0 stops, for another one is lost or hangs: [Rank 0]: Rank 1 failed to pass monitoredBarrier" in messages
     )
-    assert_as_undisturbed(only_run(tmp_path), undisturbed)
+    assert_same_end(only_run(tmp_path), undisturbed, STEPS)
 
 
 LEAVING = """
@@ -220,7 +201,7 @@ def test_a_signal_to_the_launcher_ends_all_ranks_at_the_same_step(tmp_path, undi
     directory = only_run(tmp_path)
     assert load_checkpoint(directory.latest_checkpoint())["step"] == FAULT_STEP
     assert run_toy(tmp_path / "toy.yaml", "auto", OPTIONS, device=DEVICE) == 0
-    assert_as_undisturbed(directory, undisturbed)
+    assert_same_end(directory, undisturbed, STEPS)
 
 
 def test_no_rank_outlives_its_launcher(tmp_path, undisturbed):
@@ -233,7 +214,7 @@ def test_no_rank_outlives_its_launcher(tmp_path, undisturbed):
         os.kill(pid, signal.SIGCONT)
     assert wait_until(lambda: not children(tmp_path), STOP_S), "the ranks go on without a launcher"
     assert run_toy(tmp_path / "toy.yaml", "auto", OPTIONS, device=DEVICE) == 0
-    assert_as_undisturbed(only_run(tmp_path), undisturbed)
+    assert_same_end(only_run(tmp_path), undisturbed, STEPS)
 
 
 def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path, undisturbed):
@@ -246,4 +227,4 @@ def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path, undisturbed)
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
         (tmp_path / "fault").unlink()
         assert load_checkpoint(only_run(tmp_path).latest_checkpoint())["step"] == until, done.stderr
-    assert_as_undisturbed(only_run(tmp_path), undisturbed)
+    assert_same_end(only_run(tmp_path), undisturbed, STEPS)

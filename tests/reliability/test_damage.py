@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from launchers import python_path
+from run_folders import only_run
 from toy_training import run_toy, write_files
 
 from torch_utils.checkpoint import CheckpointError, load_checkpoint, record_path, save_checkpoint
@@ -34,11 +35,6 @@ ROOT = HERE.parents[1]
 @pytest.fixture
 def toy(tmp_path) -> Path:
     return write_files(tmp_path)
-
-
-def only_run(root: Path) -> RunDirectory:
-    (folder,) = (root / "exps").iterdir()
-    return RunDirectory(folder)
 
 
 def steps_of(path: Path) -> list[int]:

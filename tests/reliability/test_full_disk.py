@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from launchers import python_path
+from run_folders import assert_same_end
 from toy_training import run_toy, write_files
 
 import sample_baseline
@@ -90,11 +89,6 @@ def undisturbed(tmp_path_factory) -> RunDirectory:
     return RunDirectory(folder)
 
 
-def without_timings(path: Path) -> list[dict]:
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in record.items() if "second" not in key} for record in records]
-
-
 @pytest.mark.parametrize(
     ("place", "call", "saved"),
     [
@@ -137,10 +131,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     assert run_toy(config, "auto", options) == 0
     run = RunDirectory(max((disk / "exps").iterdir()))
     assert saved is None or len(list((disk / "exps").iterdir())) == (1 if saved else 2)
-    ours, theirs = (load_checkpoint(directory.checkpoint(STEPS))["policy"] for directory in (run, undisturbed))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert without_timings(run.metrics) == without_timings(undisturbed.metrics)
-    assert without_timings(run.evaluations) == without_timings(undisturbed.evaluations)
+    assert_same_end(run, undisturbed, STEPS)
 
 
 def test_sampling_on_a_full_disk_keeps_what_is_finished(tmp_path, disk):

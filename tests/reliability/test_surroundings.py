@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
+from run_folders import assert_same_end, only_run, without_timings
 from toy_training import ToyDenoiser, ToyReward, run_toy, toy_models, write_files
 
-from torch_utils.checkpoint import load_checkpoint
 from torch_utils.errors import UserError
 from training.images import load_image
 from training.manifest import image_name
@@ -141,11 +140,6 @@ class Results:
             "metrics": without_timings(self.run.metrics),
             "evaluations": without_timings(self.run.evaluations),
         }
-
-
-def without_timings(path: Path) -> list[dict]:
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in record.items() if "second" not in key} for record in records]
 
 
 def small_pipeline(surroundings: Surroundings) -> Results:
@@ -456,12 +450,8 @@ def test_a_clock_that_is_set_in_the_middle_of_a_run(undisturbed, tmp_path, monke
     assert run_toy(toy, "auto", CLOCK_OPTIONS, models) == (signum or 0)
     if signum:
         assert run_toy(toy, "auto", CLOCK_OPTIONS) == 0
-    (folder,) = (tmp_path / "exps").iterdir()
-    run = RunDirectory(folder)
-    assert without_timings(run.metrics) == without_timings(undisturbed.metrics)
-    assert without_timings(run.evaluations) == without_timings(undisturbed.evaluations)
-    ours, theirs = (load_checkpoint(directory.checkpoint(6))["policy"] for directory in (run, undisturbed))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    run = only_run(tmp_path)
+    assert_same_end(run, undisturbed, 6)
     records = [json.loads(line) for file in (run.metrics, run.evaluations) for line in file.read_text().splitlines()]
     taken = [value for record in records for name, value in record.items() if "seconds" in name]
     assert len(taken) > 30 and all(0 <= seconds < 60 for seconds in taken)
