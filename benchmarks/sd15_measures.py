@@ -199,6 +199,7 @@ def measure_step(part: Part, net: StableDiffusion, reward: Reward, repeats: int)
 def measure_ranks(part: Part, net: StableDiffusion, reward: Reward, repeats: int, alone: dict | None) -> None:
     """A step of PPO on all ranks together, and one image made by all of them; beside `alone`, the part of one rank."""
     ranks = distributed.world_size()
+    net.make_reproducible()  # as training does; without it one rank compiles in the first step, and two in the second
     steps = ppo_steps(net, reward, RANKS_IMAGES, repeats)
     if ranks > 1:
         net.share_rows()

@@ -80,6 +80,9 @@ class ToyDenoiser:
     def batch_done(self) -> None:
         pass
 
+    def make_reproducible(self) -> None:
+        pass
+
 
 class ToyReward:
     """Minus the mean distance from the prompt's colour: what a solver that leaves noise behind loses."""

@@ -89,3 +89,10 @@ class Denoiser(ABC):
     @abstractmethod
     def batch_done(self) -> None:
         """Told after every batch of images; what only pays for many images may begin with the next one."""
+
+    @abstractmethod
+    def make_reproducible(self) -> None:
+        """Told before the first call: the same call is to give the same bits whatever went before it.
+
+        So it does in another process, too, on the same kind of device and with the same versions of the libraries.
+        """

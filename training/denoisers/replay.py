@@ -36,6 +36,9 @@ class Replayed:
 
     A shape of the first batch runs as it is, for the first picture must not wait; nor are the last images compiled for
     that do not fill a batch. On the CPU, with gradients and with mode "off" every call runs as it is.
+
+    Compiling changes the rounding. Where that must not depend on what a process did before, `make_reproducible` has
+    every shape compiled at once, and with mode "default" no kernel chosen by a measurement that rounding depends on.
     """
 
     def __init__(self, function: Callable[..., Tensor], title: str, mode: str, device: torch.device):
@@ -44,6 +47,7 @@ class Replayed:
         self.active = device.type == "cuda" and mode != "off"
         self.met: set[tuple] = set()  # shapes of this batch
         self.known: set[tuple] = set()  # shapes of earlier batches
+        self.reproducible = False
         self.graphs: dict[tuple, _Graph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.active else None
         if self.active:
@@ -55,7 +59,7 @@ class Replayed:
         shape = tuple((part.shape, part.dtype) for part in inputs)
         if shape in self.graphs:
             return self.graphs[shape](*inputs)
-        if shape in self.known and len(self.graphs) < MAX_GRAPHS:
+        if (shape in self.known or self.reproducible) and len(self.graphs) < MAX_GRAPHS:
             self._compile(shape, inputs)
             return self(*inputs)
         self.met.add(shape)
@@ -66,6 +70,10 @@ class Replayed:
         self.known |= self.met
         self.met.clear()
 
+    def make_reproducible(self) -> None:
+        """Before the first call: what a call gives depends on its inputs only, up to MAX_GRAPHS shapes."""
+        self.reproducible = True
+
     def _compile(self, shape: tuple, inputs: tuple[Tensor, ...]) -> None:
         rows = len(inputs[0])
         self._say(
@@ -74,12 +82,14 @@ class Replayed:
         started = time.perf_counter()
         # The compiler's helpers stay in memory, some hundred MB each: the ranks of a machine share its cores.
         helpers = max(min(8, len(os.sched_getaffinity(0)) // distributed.local_world_size()), 1)
+        # "max" is nothing but choosing by measurements.
+        deterministic = self.reproducible and self.mode == "default"
         try:
             compiled = torch.compile(
                 self.function,
                 dynamic=False,
                 fullgraph=True,
-                options={**COMPILE_MODES[self.mode], "compile_threads": helpers},
+                options={**COMPILE_MODES[self.mode], "compile_threads": helpers, "deterministic": deterministic},
             )
             self.graphs[shape] = _Graph(compiled, inputs, self.pool)
         except torch._dynamo.exc.TorchDynamoException as error:

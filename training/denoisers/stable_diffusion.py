@@ -211,6 +211,10 @@ class StableDiffusion(Denoiser):
         for part in (self.guided, self.epsilon, self.decoder):
             part.batch_done()
 
+    def make_reproducible(self) -> None:
+        for part in (self.guided, self.epsilon, self.decoder):
+            part.make_reproducible()
+
 
 def load_folder(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     """The three networks of a folder in diffusers' layout, on the CPU, in `dtype` (the VAE: see DECODER_DTYPES)."""

@@ -59,12 +59,12 @@ def launch(config: Config, resume: str, device: str) -> int:
 
 
 def load_backbone(config: Config) -> Denoiser:
-    """The model of `model.*` on this process's device."""
+    """The model of `model.*` on this process's device, such that a run that goes on computes what it would have."""
     from torch_utils import distributed
     from training.denoisers import create_model
 
     model = config.model
-    return create_model(
+    net = create_model(
         model.dataset_name,
         model.guidance_type,
         model.guidance_rate,
@@ -73,6 +73,8 @@ def load_backbone(config: Config) -> Denoiser:
         precision=model.precision,
         compile_mode=model.compile,
     )
+    net.make_reproducible()
+    return net
 
 
 def load_models(config: Config) -> Models:
