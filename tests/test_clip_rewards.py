@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from clip_equations import cosine, gelu, image_embedding, quick_gelu, text_embedding
+from launchers import NEEDS_A_GPU
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_rewards import write_clip_file
@@ -295,7 +296,7 @@ def test_other_files_are_refused_in_one_line(files, tmp_path):
         make("clip", files, amp=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_A_GPU
 @pytest.mark.parametrize("kind", ["clip", "pick", "aesthetic"])
 def test_a_gpu_gives_the_same_scores(kind, files):
     images, prompts = some_images(8, 60, 40), [PROMPTS[i % 4] for i in range(8)]

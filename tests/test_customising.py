@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import lines
 
 from torch_utils.seeds import noise
 from training.images import load_image
@@ -48,12 +48,8 @@ def console(block: str, root: Path) -> tuple[list[list[str]], list[list[str]]]:
     return [line.split() for line in shown.splitlines()], [line.split() for line in printed.splitlines()]
 
 
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def manifest(folder: Path) -> dict:
-    return lines_of(folder / "manifest.jsonl")[0]
+    return lines(folder / "manifest.jsonl")[0]
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +98,18 @@ def test_rewards_have_gradients_of_their_own_image_and_the_network_is_loaded_onc
 @pytest.mark.slow
 def test_training_with_the_reward_raises_it(project):
     folder = Path(bash(TRAINING, project).split()[-1])  # of training.ppo.launch
-    before, after = lines_of(project / folder / "logs/evaluation.jsonl")
+    before, after = lines(project / folder / "logs/evaluation.jsonl")
     told = [float(number) for number in re.search(r"rises from (\S+) to (\S+) \(", PAGE).groups()]
     assert before["reward_mean"] == pytest.approx(told[0], abs=2e-4)
     assert after["reward_mean"] == pytest.approx(told[1], abs=2e-3) and told[1] > told[0] + 4e-3
     assert all(math.isfinite(line[f"{name}_mean"]) for line in (before, after) for name in METRICS)
-    steps = lines_of(project / folder / "logs/metrics.jsonl")
+    steps = lines(project / folder / "logs/metrics.jsonl")
     assert len(steps) == 8 and all(math.isfinite(line["grad_norm_max"]) for line in steps)
     code = (project / "my_rewards.py").read_text()
     (project / "my_rewards.py").write_text(code.replace("-(down", "(down"))
     again = Path(bash(TRAINING, project).split()[-1])
     (project / "my_rewards.py").write_text(code)
-    assert again == folder and lines_of(project / folder / "logs/metrics.jsonl") == steps  # as the page warns
+    assert again == folder and lines(project / folder / "logs/metrics.jsonl") == steps  # as the page warns
 
 
 # --- A backbone -----------------------------------------------------------------------------------------------------
@@ -157,7 +153,7 @@ def test_the_spreads_are_those_on_the_page(colours):
 
 def test_training_on_the_backbone_raises_the_reward(colours):
     (run,) = (colours / "exps").glob("*-colours")
-    before, after = lines_of(run / "logs/evaluation.jsonl")
+    before, after = lines(run / "logs/evaluation.jsonl")
     told = re.search(r"reward rose from (\S+) to (\S+):", PAGE)
     assert [before["reward_mean"], after["reward_mean"]] == pytest.approx([float(n) for n in told.groups()], abs=2e-3)
     bash(f"python -m training.table show {run}/export/*.pkl; python -m training.ppo.report {run}", colours)

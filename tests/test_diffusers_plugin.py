@@ -31,7 +31,9 @@ from diffusers import (
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.image_processor import VaeImageProcessor
+from launchers import NEEDS_A_GPU
 from PIL import Image
+from run_folders import only_run
 from solver_runs import random_table
 from toy_training import run_toy, write_files
 
@@ -394,7 +396,7 @@ def test_cpu_offload_puts_its_hooks_on(own, before):
     epd.remove_all_hooks()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_A_GPU
 @pytest.mark.parametrize("offload", [EPDPipeline.enable_model_cpu_offload, EPDPipeline.enable_sequential_cpu_offload])
 def test_cpu_offload_on_a_gpu(own, offload):
     """Components come to the GPU for their turn, and are back when the images are there."""
@@ -761,7 +763,7 @@ def test_other_files(tmp_path):
 
 def test_runs_folder(tmp_path):
     run_toy(write_files(tmp_path), "never", [])
-    (run,) = (tmp_path / "exps").iterdir()
+    run = only_run(tmp_path).path
     with pytest.raises(TableError, match="export the run"):
         EPDTable.from_pretrained(run)
     snapshot = export_predictor(run)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from launchers import torchrun
 from solver_runs import F64
 from toy_training import ToyDenoiser
 
@@ -426,8 +427,7 @@ def test_command_writes_a_table_that_samples(config_file, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_two_processes_are_refused(config_file, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, "-m", "training.distill", "--config", config_file, "--device", "cpu"]
+    command = [sys.executable, *torchrun(2), "-m", "training.distill", "--config", config_file, "--device", "cpu"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
     assert "distillation runs in one process: start it with python, not with torchrun" in result.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launchers import NEEDS_TWO_GPUS, free_port
+from launchers import NEEDS_A_GPU, NEEDS_TWO_GPUS, free_port
 
 from torch_utils import distributed
 from torch_utils.distributed import DistributedError
@@ -246,7 +246,7 @@ def test_a_lost_rank_ends_in_an_error_instead_of_waiting(alone):
         distributed.init("cpu", timeout_minutes=1 / 60)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_A_GPU
 def test_auto_takes_the_gpu(alone):
     distributed.init()
     assert distributed.device() == torch.device("cuda", 0)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import click
 import pytest
+from run_folders import only_run
 from toy_training import run_toy, write_files
 
 from torch_utils.resources import preset_file
@@ -236,8 +237,7 @@ def checkout(tmp_path_factory) -> Path:
         if path.name not in ignored(str(ROOT), [path.name]):
             (root / path.name).symlink_to(path)
     run_toy(write_files(root), "never", ["ppo.steps=1", f"run.output_root={root / 'exps'}"])
-    (run,) = (root / "exps").iterdir()
-    export_predictor(run)
+    export_predictor(only_run(root).path)
     conditions = ["--dataset-name", "emoji", "--schedule-type", "logsnr", "--num-steps", "6", "--num-points", "2"]
     command = [sys.executable, "fake_train.py", *conditions, "--outdir", "start"]
     subprocess.run(command, cwd=root, check=True, capture_output=True)
@@ -247,7 +247,7 @@ def checkout(tmp_path_factory) -> Path:
 def run_block(block: Block, root: Path) -> None:
     """Run its commands in `root`, where the run is `exps/<run>` and TABLE is a start table."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    (run,) = (root / "exps").iterdir()
+    run = only_run(root).path
     for command in block.commands:
         words = [word.replace("exps/<run>", str(run)) for word in shlex.split(command)]
         words = [word.replace("TABLE", "start/network-snapshot-000000.pkl") for word in words]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from run_folders import only_run
 from toy_training import run_toy, write_files
 
 from torch_utils.checkpoint import load_checkpoint, save_checkpoint
@@ -26,8 +27,7 @@ ARRAYS = ("positions", "weights", "scale_dir", "scale_time")
 def trained_run(root, *overrides):
     """A finished toy run of 4 steps with checkpoints at 2 and 4."""
     run_toy(write_files(root), "never", list(overrides))
-    (path,) = (root / "exps").iterdir()
-    return RunDirectory(path)
+    return only_run(root)
 
 
 @pytest.fixture(scope="module")

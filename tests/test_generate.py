@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from run_folders import lines
 
 import sample
 import sample_baseline
@@ -72,7 +73,7 @@ def start_table(folder: Path, **metadata: object) -> Path:
 
 
 def manifest(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return lines(folder / "manifest.jsonl")
 
 
 def differ_by_rounding_only(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -302,11 +303,11 @@ def test_folder_and_manifest(tmp_path):
         "--grid",
     )
     assert result.exit_code == 0, result.output
-    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    assert [line["seed"] for line in lines] == [0, 1, 3]
-    assert [line["prompt"] for line in lines] == [PROMPTS[0], PROMPTS[1], PROMPTS[3]]
-    assert {line["file"] for line in lines} == {"000000/000000.png", "000000/000001.png", "000000/000003.png"}
-    assert {(line["nfe"], line["parallel_nfe"], line["forwards"]) for line in lines} == {(6, 4, 12)}
+    records = manifest(out)
+    assert [line["seed"] for line in records] == [0, 1, 3]
+    assert [line["prompt"] for line in records] == [PROMPTS[0], PROMPTS[1], PROMPTS[3]]
+    assert {line["file"] for line in records} == {"000000/000000.png", "000000/000001.png", "000000/000003.png"}
+    assert {(line["nfe"], line["parallel_nfe"], line["forwards"]) for line in records} == {(6, 4, 12)}
     assert load_image(out / "000000/000003.png").shape == (3, 64, 64)
     assert load_image(out / "grid.png").shape == (3, 64, 3 * 64)
     assert not list(out.glob("manifest-rank*"))
@@ -345,7 +346,7 @@ def test_interrupted_run_leaves_lines_that_the_next_one_uses(tmp_path):
     kept = (out / image_name(0)).stat().st_mtime_ns
     write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=1, device="cpu")
     assert (out / image_name(0)).stat().st_mtime_ns == kept
-    assert [json.loads(line)["seed"] for line in (out / "manifest.jsonl").read_text().splitlines()] == [0, 1]
+    assert [record["seed"] for record in manifest(out)] == [0, 1]
 
 
 @pytest.mark.parametrize(("with_table", "advice"), [(False, "lower --batch."), (True, "--max-rows (now no limit)")])
@@ -407,7 +408,7 @@ def test_a_run_cut_off_before_its_manifest_needs_no_new_image(tmp_path):
     before = pngs(out)
     write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=2, device="cpu")
     assert pngs(out) == before
-    assert [json.loads(line)["seed"] for line in (out / "manifest.jsonl").read_text().splitlines()] == [0, 1]
+    assert [record["seed"] for record in manifest(out)] == [0, 1]
     assert not list(out.glob("manifest-rank*"))
 
 

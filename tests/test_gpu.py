@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from launchers import NEEDS_A_GPU
 
 from solvers import epd_sampler
 from torch_utils.seeds import noise
@@ -16,7 +17,7 @@ from training.ppo.reward_mix import RewardMix
 from training.ppo.reward_multi import create_reward
 from training.ppo.rl_runner import ImageScorer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = NEEDS_A_GPU
 
 BATCH, NUM_POINTS = 16, 8
 

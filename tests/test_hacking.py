@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from run_folders import lines, only_run
 
 from benchmarks.hacking import SaturationReward, hacking_config, main
 from training.ppo.cold_start import cold_start_table
@@ -74,8 +75,8 @@ def test_from_end_to_end(tmp_path):
     found = json.loads((outdir / "hacking.json").read_text())
     assert [record["step"] for record in found["evaluations"]] == [0, 1, 2]
     assert found["settings"]["ppo.train_scale_dir"] is True and found["settings"]["model.num_steps"] == 3
-    (run,) = (outdir / "run").iterdir()
-    logged = [json.loads(line) for line in (run / "logs" / "evaluation.jsonl").read_text().splitlines()]
+    run = only_run(outdir, "run")
+    logged = lines(run.evaluations)
     for record, line in zip(found["evaluations"], logged, strict=True):
         assert record["reward_mean"] == line["reward_mean"] and record["prompts"] == 4
         assert 0 < record["reward_mean"] < 1

@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from clip_equations import gelu, patches
+from launchers import NEEDS_A_GPU
 from PIL import Image
 
 from torch_utils.checkpoint import CheckpointError, sha256_file
@@ -459,7 +460,7 @@ def test_published_files_go_together(files, tmp_path, monkeypatch):
     assert RewardImageReward(path, vocabulary=words, sizes=TINY).version == "v1.0"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_A_GPU
 def test_a_gpu_gives_the_same_scores(files, reward):
     images, prompts = some_images(8, 60, 40), [PROMPTS[i % 5] for i in range(8)]
     exact = reward.score(images, prompts)

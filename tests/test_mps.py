@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from clip_equations import cosine, gelu, layer_norm, patches, transformer, transformers_layers
+from launchers import NEEDS_A_GPU
 from safetensors.torch import save_file
 from torch import nn
 
@@ -396,7 +397,7 @@ def test_the_published_sizes():
     assert shapes["model.vision_model.embeddings.position_embedding.weight"] == [257, 1280]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_A_GPU
 def test_a_gpu_gives_the_same_scores(weights):
     images, prompts = some_images(8, 60, 40), [PROMPTS[i % 4] for i in range(8)]
     exact = RewardMPS(weights[0], sizes=TINY).score(images, prompts)

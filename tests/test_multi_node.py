@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from launchers import free_port, python_path
+from run_folders import assert_same_end, lines, only_run
 from toy_training import run_toy, write_files
 
 import sample
@@ -102,25 +101,10 @@ def run_alone(command, *arguments: str) -> None:
     assert result.exit_code == 0, result.output
 
 
-def only_run(root: Path) -> RunDirectory:
-    (path,) = root.iterdir()
-    return RunDirectory(path)
-
-
-def lines(path: Path) -> list[dict]:
-    """Without what is measured in seconds."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in record.items() if "second" not in key} for record in records]
-
-
 def assert_same_run(first: RunDirectory, second: RunDirectory, steps: int = STEPS) -> None:
     """Equal to the last bit: logs, weights, pictures and the exported table."""
-    metrics = lines(first.metrics)
-    assert [record["step"] for record in metrics] == list(range(1, steps + 1))
-    assert metrics == lines(second.metrics)
-    weights, others = (load_checkpoint(run.checkpoint(steps))["policy"] for run in (first, second))
-    assert weights.keys() == others.keys() and weights
-    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+    assert [record["step"] for record in lines(first.metrics)] == list(range(1, steps + 1))
+    assert_same_end(first, second, steps)
     pictures = {path.name: path.read_bytes() for path in first.path.glob("samples/*.png")}
     assert pictures == {path.name: path.read_bytes() for path in second.path.glob("samples/*.png")}
     tables = [load_table(export_predictor(run.path, run.checkpoint(steps))) for run in (first, second)]
@@ -134,10 +118,10 @@ def test_two_nodes_train_as_one_process_does(tmp_path, start_nodes):
     nodes = start_nodes("-m", "training.ppo.launch", *launch_options(tmp_path / "two", "trainer.algorithm=rdpo"))
     run_alone(launch.main, *launch_options(tmp_path / "one", "trainer.algorithm=rdpo"))
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].err.read_text()
-    one, two = only_run(tmp_path / "one"), only_run(tmp_path / "two")
+    one, two = only_run(tmp_path, "one"), only_run(tmp_path, "two")
     assert_same_run(one, two)
     assert {"loss", "reward_mean", "grad_norm"} <= lines(two.metrics)[0].keys()
-    assert lines(one.evaluations) == lines(two.evaluations) and len(lines(two.evaluations)) == 2
+    assert len(lines(two.evaluations)) == 2
     assert sorted(node.out.read_text() for node in nodes) == ["", f"{two.path}\n"]  # rank 0 speaks for all
 
 
@@ -186,14 +170,14 @@ def test_a_node_that_dies_ends_the_others_and_the_same_command_goes_on(tmp_path,
     assert re.search(
         "Connection (closed|reset) by peer|connection to the C10d store has failed", nodes[0].err.read_text()
     )
-    broken = only_run(tmp_path / "exps")
+    broken = only_run(tmp_path)
     assert not broken.checkpoint(120).exists()
 
     again = start_nodes(*program)
     run_toy(toy, "never", [*options, f"run.output_root={tmp_path}/undisturbed"])
     assert [node.wait() for node in again] == [0, 0], again[0].err.read_text()
-    assert only_run(tmp_path / "exps") == broken
-    assert_same_run(only_run(tmp_path / "undisturbed"), broken, steps=120)
+    assert only_run(tmp_path) == broken
+    assert_same_run(only_run(tmp_path, "undisturbed"), broken, steps=120)
 
 
 # --- The SLURM script -----------------------------------------------------------------------------------------------
@@ -282,7 +266,7 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(warned_job):
     assert code == 0, messages
     assert cluster.calls() == ["scancel --signal=TERM 42", "scontrol requeue 42"]
     assert "SIGTERM: finishing this step and saving" in messages
-    run = only_run(cluster.exps)
+    run = only_run(cluster.exps, ".")
     done = load_checkpoint(run.latest_checkpoint())["step"]
     assert 1 <= done < STEPS
     assert [record["step"] for record in lines(run.metrics)] == list(range(1, done + 1))
@@ -290,15 +274,15 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(warned_job):
 
 def test_the_job_goes_on_and_ends_as_one_process_does(warned_job, tmp_path):
     cluster, *_ = warned_job
-    run, calls = only_run(cluster.exps), cluster.calls()
+    run, calls = only_run(cluster.exps, "."), cluster.calls()
     before = cluster.start.stat().st_mtime_ns
     job = cluster.submit()
     run_alone(launch.main, *launch_options(tmp_path, f"data.predictor_snapshot={cluster.start}"))
     _, messages = job.communicate(timeout=SECONDS)
     assert job.returncode == 0, messages
-    assert (only_run(cluster.exps), cluster.calls(), cluster.start.stat().st_mtime_ns) == (run, calls, before)
+    assert (only_run(cluster.exps, "."), cluster.calls(), cluster.start.stat().st_mtime_ns) == (run, calls, before)
     assert len(list(run.export.glob("*.safetensors"))) == 1
-    assert_same_run(only_run(tmp_path), run)
+    assert_same_run(only_run(tmp_path, "."), run)
 
 
 def test_a_job_that_fails_says_so_and_is_not_queued_again(tmp_path):

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launchers import NEEDS_TWO_GPUS, python_path
+from launchers import NEEDS_TWO_GPUS, python_path, torchrun
+from run_folders import lines
 
 from training.images import load_image
 from training.manifest import image_name
@@ -47,8 +48,7 @@ def start(
     save_table(table, folder / "table.json")
     (folder / "count.py").write_text(COUNTING)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(folder / "count.py"), str(folder / "rows")]
+    command = [sys.executable, *torchrun(ranks), str(folder / "count.py"), str(folder / "rows")]
     command += [
         "--predictor_path",
         str(folder / "table.json"),
@@ -88,9 +88,9 @@ def test_two_ranks_make_one_image_together(tmp_path, device):
         levels = ((one - other) * 255).abs()
         assert levels.max() <= 1.01 and levels.mean() < 1e-2
         assert one.std() > 0.05
-    lines = [[json.loads(line) for line in (folder / "out/manifest.jsonl").open()] for folder in (alone, together)]
-    assert [line["seed"] for line in lines[1]] == [0, 1]
-    assert [line | {"sha256": ""} for line in lines[0]] == [line | {"sha256": ""} for line in lines[1]]
+    one, other = (lines(folder / "out/manifest.jsonl") for folder in (alone, together))
+    assert [line["seed"] for line in other] == [0, 1]
+    assert [line | {"sha256": ""} for line in one] == [line | {"sha256": ""} for line in other]
     # Two images, two intervals: a call of both branches, then one of both branches of both points.
     assert rows(alone, 0) == [2, 4] * 4
     assert rows(together, 0) == rows(together, 1) == [1, 2] * 4

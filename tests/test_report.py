@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from run_folders import lines, only_run
 from test_scoring import refused
 from toy_training import run_toy, write_files
 
@@ -34,8 +35,7 @@ def finished(tmp_path_factory):
     """A finished toy run of 6 steps with 4 evaluations; tests that change a run take a copy."""
     root = tmp_path_factory.mktemp("report")
     run_toy(write_files(root), "never", ["ppo.steps=6", "ppo.train_scale_dir=true"])
-    (path,) = (root / "exps").iterdir()
-    return path
+    return only_run(root).path
 
 
 @pytest.fixture
@@ -45,10 +45,6 @@ def run_dir(finished, tmp_path):
 
 def write(run_dir, *options):
     return CliRunner().invoke(report.main, [str(run_dir), *map(str, options)])
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class Page(html.parser.HTMLParser):

@@ -28,7 +28,6 @@ from training.ppo.config import (
 from training.ppo.launch import Models
 from training.ppo.reward_mix import Component, RewardMix, RunningStatistics
 from training.ppo.reward_multi import create_mix, create_reward
-from training.ppo.run_dir import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW = torch.tensor([[0.25, 21.0], [0.30, 19.0], [-0.10, 30.0]], dtype=torch.float64)
@@ -297,8 +296,7 @@ def two_rewards(transform: str) -> Models:
 @pytest.mark.parametrize("transform", ["none", "zscore"])
 def test_a_run_writes_every_component_s_raw_scores(toy, tmp_path, transform):
     run_toy(toy, "never", [f"run.output_root={tmp_path}/whole"], two_rewards(transform))
-    (folder,) = (tmp_path / "whole").iterdir()
-    whole = RunDirectory(folder)
+    whole = only_run(tmp_path, "whole")
     for record in lines(whole.metrics):
         assert record["raw_toy_reward_mean"] < 0 < record["raw_toy_reward_std"]
         if transform == "none":
@@ -314,11 +312,10 @@ def test_a_run_writes_every_component_s_raw_scores(toy, tmp_path, transform):
 def test_an_interrupted_mix_goes_on_bit_for_bit(toy, tmp_path):
     options = ["ppo.learning_rate_schedule=constant", "ppo.concentration_end=null"]
     run_toy(toy, "never", [*options, f"run.output_root={tmp_path}/whole"], two_rewards("zscore"))
-    (folder,) = (tmp_path / "whole").iterdir()
     run_toy(toy, "never", [*options, "ppo.steps=2"], two_rewards("zscore"))
     begun = only_run(tmp_path)
     run_toy(toy, str(begun.path), options, two_rewards("zscore"))
-    whole, resumed = (load_checkpoint(run.checkpoint(4)) for run in (RunDirectory(folder), begun))
+    whole, resumed = (load_checkpoint(run.checkpoint(4)) for run in (only_run(tmp_path, "whole"), begun))
     assert whole["mix"] == resumed["mix"] and whole["evaluation_mix"] == resumed["evaluation_mix"]
     for name, weight in whole["policy"].items():
         assert torch.equal(weight, resumed["policy"][name])

@@ -19,6 +19,7 @@ from clip_equations import (
     text_embedding,
     transformer,
 )
+from launchers import NEEDS_A_GPU
 from safetensors.torch import save_file
 from tiny_rewards import EMOJI_SIZE, TINY_HPS, register_tiny_hps, write_emoji_folder, write_hps_checkpoint
 
@@ -137,7 +138,7 @@ def test_a_careless_backbone_does_not_reach_the_scores():
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_A_GPU
 def test_a_gpu_gives_the_same_scores(hps, emoji):
     images = some_images(8, 60, 40)
     prompts = [PROMPTS[i % 4] for i in range(8)]

@@ -13,6 +13,7 @@ import scipy.stats
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from run_folders import lines
 from tiny_rewards import TINY_HPS, register_tiny_hps, write_emoji_folder, write_hps_checkpoint
 
 from torch_utils.errors import UserError
@@ -132,7 +133,7 @@ def test_foreign_folders_pair_by_position_in_natural_order(tmp_path):
 
 
 def rewrite(folder: Path, change) -> None:
-    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    rows = lines(folder / "manifest.jsonl")
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
 
 

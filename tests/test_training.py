@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launchers import python_path
-from run_folders import lines, only_run, without_timings
+from launchers import python_path, torchrun
+from run_folders import assert_same_logs, lines, only_run
 from toy_training import Models, ToyDenoiser, ToyReward, run_toy, toy_inputs, toy_models, write_files
 
 from torch_utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -22,7 +22,7 @@ from training.ppo.rdpo import RDPO
 from training.ppo.reporting import Progress, append_line, drop_lines_after
 from training.ppo.reward_mix import RewardMix
 from training.ppo.rl_runner import Draw, EPDRolloutRunner, Rollout
-from training.ppo.run_dir import RunDirectory, RunError, open_run
+from training.ppo.run_dir import RunError, open_run
 from training.table import SolverTable, load_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -48,15 +48,9 @@ def assert_same_policy(first, second):
         assert torch.equal(value, second["policy"][key])
 
 
-def assert_same_logs(first, second):
-    assert without_timings(first.metrics) == without_timings(second.metrics)
-    assert without_timings(first.evaluations) == without_timings(second.evaluations)
-
-
 def run_program(toy, *arguments, ranks=1, **options):
     """The toy as a program of its own: plain, or `ranks` processes under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, REPOSITORY / "tests" / "toy_training.py", toy, *arguments]
+    command = [sys.executable, *torchrun(ranks), REPOSITORY / "tests" / "toy_training.py", toy, *arguments]
     environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
 
@@ -104,8 +98,7 @@ def test_a_reward_that_is_exploited_is_flagged_or_ends_the_run(toy, tmp_path, on
 def test_pathwise_learns_the_toy_and_resumes(toy, tmp_path):
     options = ["trainer.algorithm=pathwise", "pathwise.learning_rate=0.1", "ppo.steps=6"]
     run_toy(toy, "never", [*options, f"run.output_root={tmp_path}/undisturbed"])
-    (folder,) = (tmp_path / "undisturbed").iterdir()
-    undisturbed = RunDirectory(folder)
+    undisturbed = only_run(tmp_path, "undisturbed")
     rewards = [record["reward_mean"] for record in lines(undisturbed.evaluations)]
     assert rewards[-1] > rewards[0] + 0.5 * (-0.0798 - rewards[0])
 
@@ -136,8 +129,7 @@ def test_too_many_images_for_the_gpu_are_said_and_fewer_go_on(toy, tmp_path):
     run_toy(toy, "auto", ["ppo.rollout_micro_batch=4"])
     directory = only_run(tmp_path)
     run_toy(toy, "never", [f"run.output_root={tmp_path}/undisturbed"])
-    (folder,) = (tmp_path / "undisturbed").iterdir()
-    assert_same_policy(final_state(RunDirectory(folder)), final_state(directory))
+    assert_same_policy(final_state(only_run(tmp_path, "undisturbed")), final_state(directory))
 
 
 @pytest.mark.parametrize(("algorithm", "rate"), [("rdpo", "0.2"), ("pathwise", "0.4")])
@@ -299,8 +291,7 @@ def test_two_ranks_draw_and_learn_the_same(toy, tmp_path):
     alone = only_run(tmp_path)
     pair = run_program(toy, "never", f"run.output_root={tmp_path}/pair", ranks=2)
     assert pair.returncode == 0, pair.stderr
-    (folder,) = (tmp_path / "pair").iterdir()
-    directory = RunDirectory(folder)
+    directory = only_run(tmp_path, "pair")
     assert_same_policy(final_state(alone), final_state(directory))
     assert_same_logs(alone, directory)
     for step in (0, 2, 4):
@@ -329,8 +320,7 @@ class SignalAfter(ToyReward):
 def test_a_signal_finishes_the_step_and_the_resumed_run_equals_an_undisturbed_one(toy, tmp_path, signum):
     options = ["ppo.steps=6", "policy.parameterization=mlp", "ppo.minibatch_size=4"]
     run_toy(toy, "never", [*options, f"run.output_root={tmp_path}/undisturbed"])
-    (folder,) = (tmp_path / "undisturbed").iterdir()
-    undisturbed = RunDirectory(folder)
+    undisturbed = only_run(tmp_path, "undisturbed")
 
     models = Models(ToyDenoiser(), RewardMix.of(SignalAfter(3, signum)), toy_models().metrics)
     assert run_toy(toy, "auto", options, models) == signum
@@ -446,8 +436,14 @@ SMALL = [
 
 
 def start_command(root, *arguments, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "training.ppo.launch", "--config", "training/ppo/cfgs/embedded.yaml"]
+    command = [
+        sys.executable,
+        *torchrun(ranks),
+        "-m",
+        "training.ppo.launch",
+        "--config",
+        "training/ppo/cfgs/embedded.yaml",
+    ]
     for override in (*SMALL, f"run.output_root={root}/exps"):
         command += ["--override", override]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": "29555"}

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from launchers import NEEDS_TWO_GPUS, python_path
+from launchers import NEEDS_A_GPU, NEEDS_TWO_GPUS, python_path, torchrun
 from run_folders import assert_same_end, only_run
 
 from torch_utils.checkpoint import record_path
@@ -18,7 +17,6 @@ from training.ppo.run_dir import RunDirectory
 
 pytestmark = pytest.mark.reliability
 STEPS, SAVE_EVERY = 4, 2
-NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NO_FIXED_ORDER = pytest.mark.xfail(reason="some kernels of PyTorch for gradients on GPUs add up in no fixed order")
 # Every call on every process has the same number of images, so that a single shape is compiled.
 CONFIG = f"""
@@ -37,8 +35,7 @@ logging: {{save_interval: {SAVE_EVERY}, tensorboard: false}}
 def train(root: Path, resume: str, overrides: list[str], device: str, ranks: int = 1) -> RunDirectory:
     root.mkdir(exist_ok=True)
     (root / "emoji.yaml").write_text(CONFIG)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "training.ppo.launch", "--config", str(root / "emoji.yaml")]
+    command = [sys.executable, *torchrun(ranks), "-m", "training.ppo.launch", "--config", str(root / "emoji.yaml")]
     command += ["--resume", resume, "--device", device, "--override", f"run.output_root={root}/exps"]
     command += [word for override in overrides for word in ("--override", override)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from run_folders import lines
 
 from training.ppo.config import load_config
 
@@ -26,7 +26,7 @@ def test_checkpoints_take_less_than_a_hundredth_of_the_time(tmp_path):
         command += ["--override", word]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     (metrics,) = tmp_path.glob("*/logs/metrics.jsonl")
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = lines(metrics)
     saving = [record["seconds_checkpoint"] for record in records]
     assert saving[0] == 0 and all(seconds > 0 for seconds in saving[1:])
     every = load_config(CONFIG).logging.save_interval

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launchers import python_path
+from launchers import python_path, torchrun
 from run_folders import assert_same_end, only_run
 from toy_training import run_toy, write_files
 
@@ -29,8 +29,6 @@ STEPS, SAVE_EVERY, FAULT_STEP = 6, 2, 4
 OPTIONS = [f"ppo.steps={STEPS}", f"logging.save_interval={SAVE_EVERY}"]
 STOP_S = 10.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 PATHWISE = ["trainer.algorithm=pathwise", "pathwise.learning_rate=0.1"]
 
 
@@ -65,7 +63,7 @@ def start(
 ) -> subprocess.Popen:
     """The toy on two ranks under torchrun, with the settings of train.sh, in a session of its own."""
     config = write_files(root)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [sys.executable, *torchrun(2)]
     launcher += [f"--max-restarts={restarts}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     fault = [phase, str(step), str(rank), name, str(root), DEVICE]
     program = [str(HERE / "faulty_training.py"), *fault, str(config), "auto"]
@@ -151,7 +149,7 @@ click.command()(main)()
 def test_an_error_is_said_and_ends_the_process_whatever_its_libraries_wait_for(tmp_path):
     program = tmp_path / "leaving.py"
     program.write_text(LEAVING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    command = [sys.executable, *torchrun(2), str(program)]
     process = subprocess.Popen(command, env=environment(), text=True, stderr=subprocess.PIPE, start_new_session=True)
     for line in process.stderr:
         if "Error: the disk is gone" in line:
@@ -221,9 +219,16 @@ def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path, undisturbed)
     """1, 2 and 1 again; the number of steps is the whole run's, so that the learning rate is."""
     config = write_files(tmp_path)
     for ranks, until in ((1, 2), (2, 4), (1, 6)):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         fault = ["reward", str(until), "0", "USR1", str(tmp_path), DEVICE]
-        command = [sys.executable, *launcher, str(HERE / "faulty_training.py"), *fault, str(config), "auto", *OPTIONS]
+        command = [
+            sys.executable,
+            *torchrun(ranks),
+            str(HERE / "faulty_training.py"),
+            *fault,
+            str(config),
+            "auto",
+            *OPTIONS,
+        ]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
         (tmp_path / "fault").unlink()
         assert load_checkpoint(only_run(tmp_path).latest_checkpoint())["step"] == until, done.stderr

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from launchers import python_path
-from run_folders import only_run
+from run_folders import lines, only_run
 from toy_training import run_toy, write_files
 
 from torch_utils.checkpoint import CheckpointError, load_checkpoint, record_path, save_checkpoint
@@ -38,7 +38,7 @@ def toy(tmp_path) -> Path:
 
 
 def steps_of(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    return [record["step"] for record in lines(path)]
 
 
 def cut(path: Path) -> None:
@@ -66,7 +66,6 @@ def no_record(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, flip, empty, foreign, no_record])
 def test_a_run_goes_on_from_the_newest_intact_checkpoint(toy, tmp_path, damage, capsys):
     run_toy(toy, "never", ["ppo.steps=6", f"run.output_root={tmp_path}/undisturbed"])
-    (folder,) = (tmp_path / "undisturbed").iterdir()
     run_toy(toy, "never", ["ppo.steps=6"])
     directory = only_run(tmp_path)
     for step in (4, 6):
@@ -80,7 +79,9 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(toy, tmp_path, damage, 
     said = capsys.readouterr().err
     assert "policy-step000006.pt" in said and "policy-step000004.pt" in said and "2 of 6 steps done" in said
     assert only_run(tmp_path) == directory and steps_of(directory.metrics) == list(range(1, 7))
-    ours, theirs = (load_checkpoint(run.checkpoint(6))["policy"] for run in (directory, RunDirectory(folder)))
+    ours, theirs = (
+        load_checkpoint(run.checkpoint(6))["policy"] for run in (directory, only_run(tmp_path, "undisturbed"))
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -396,5 +397,4 @@ def test_a_torn_line_goes_and_every_step_is_there_once(toy, tmp_path):
     whole = directory.metrics.read_text().splitlines(keepends=True)
     directory.metrics.write_text("".join(whole) + whole[-1].replace('"step": 3', '"step": 4')[: len(whole[-1]) // 2])
     assert run_toy(toy, str(directory.path), ["ppo.steps=5"]) == 0
-    steps = [json.loads(line)["step"] for line in directory.metrics.read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5]
+    assert steps_of(directory.metrics) == [1, 2, 3, 4, 5]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from launchers import python_path
-from run_folders import assert_same_end
+from run_folders import assert_same_end, only_run
 from toy_training import run_toy, write_files
 
 import sample_baseline
@@ -85,8 +85,7 @@ def disk(tmp_path) -> Iterator[Path]:
 def undisturbed(tmp_path_factory) -> RunDirectory:
     root = tmp_path_factory.mktemp("undisturbed")
     assert run_toy(write_files(root), "never", OPTIONS) == 0
-    (folder,) = (root / "exps").iterdir()
-    return RunDirectory(folder)
+    return only_run(root)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from launchers import torchrun
+from run_folders import lines
 
 from training.manifest import image_name
 from training.ppo.cold_start import cold_start_table
@@ -27,15 +28,12 @@ def test_any_number_of_ranks_makes_the_same_pictures(tmp_path):
     words = ["--prompt-file", "src/prompts/emoji_test.txt", "--seeds", f"0-{SEEDS - 1}", "--batch", "2"]
     words += ["--predictor_path", str(table), "--device", "cpu"]
     for ranks in (1, 2, 3):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, *launcher, "sample.py", *words, "--outdir", str(tmp_path / str(ranks))]
+        command = [sys.executable, *torchrun(ranks), "sample.py", *words, "--outdir", str(tmp_path / str(ranks))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "29600"}
         subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240, capture_output=True)
     for ranks in (2, 3):
         for seed in range(SEEDS):
             one, other = (tmp_path / name / image_name(seed) for name in ("1", str(ranks)))
             assert one.read_bytes() == other.read_bytes(), (seed, ranks)
-        one, other = (
-            [json.loads(line) for line in (tmp_path / name / "manifest.jsonl").open()] for name in ("1", str(ranks))
-        )
+        one, other = (lines(tmp_path / name / "manifest.jsonl") for name in ("1", str(ranks)))
         assert one == other

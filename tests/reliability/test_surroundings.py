@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from run_folders import assert_same_end, only_run, without_timings
+from run_folders import assert_same_end, lines, only_run, without_timings
 from toy_training import ToyDenoiser, ToyReward, run_toy, toy_models, write_files
 
 from torch_utils.errors import UserError
@@ -123,8 +123,7 @@ class Results:
 
     @property
     def run(self) -> RunDirectory:
-        (folder,) = (self.folder / "exps").iterdir()
-        return RunDirectory(folder)
+        return only_run(self.folder)
 
     def numbers(self) -> dict[str, object]:
         """All that has to be the same everywhere."""
@@ -452,7 +451,7 @@ def test_a_clock_that_is_set_in_the_middle_of_a_run(undisturbed, tmp_path, monke
         assert run_toy(toy, "auto", CLOCK_OPTIONS) == 0
     run = only_run(tmp_path)
     assert_same_end(run, undisturbed, 6)
-    records = [json.loads(line) for file in (run.metrics, run.evaluations) for line in file.read_text().splitlines()]
+    records = lines(run.metrics) + lines(run.evaluations)
     taken = [value for record in records for name, value in record.items() if "seconds" in name]
     assert len(taken) > 30 and all(0 <= seconds < 60 for seconds in taken)
     assert not re.search(r"-\d|\d:\d\d:\d\d left", "".join(re.findall(r", [^,]* left$", capsys.readouterr().err, re.M)))
