@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.ppo.reward_models.pixels import normalized
+from training.ppo.reward_models.pixels import antialiased, normalized
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:
@@ -18,10 +18,7 @@ def preprocess(images: Tensor, size: int) -> Tensor:
     scale = size / max(height, width)
     # A side of a very long image would round to 0 rows.
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
-    if (new_height, new_width) != (height, width):
-        images = F.interpolate(
-            images, size=(new_height, new_width), mode="bicubic", antialias=True, align_corners=False
-        )
+    images = antialiased(images, new_height, new_width)
     pad_height, pad_width = size - new_height, size - new_width
     left, top = pad_width // 2, pad_height // 2
     return normalized(F.pad(images, (left, pad_width - left, top, pad_height - top)))

@@ -86,10 +86,9 @@ def trajectory(net: StableDiffusion, batch: int, table: SolverTable) -> Callable
     return partial(epd_sampler, net, x, sigmas, cond, table=table)
 
 
-def settled(net: StableDiffusion, work: Callable[[], object]) -> float:
-    """Run `work()` as a first and a second batch; seconds of the second, which compiles what it calls."""
-    work()
-    net.batch_done()
+def compiled(net: StableDiffusion, work: Callable[[], object]) -> float:
+    """Run `work()` from now on compiled, and once; seconds of that call, which compiles what it calls."""
+    net.compile_calls(True)
     return seconds(work, net.device)
 
 
@@ -127,9 +126,10 @@ def measure_sampling(
     add = partial(_add, part)
     rate, loaded = matmul_rates(net.device, net.dtype)
     work = trajectory(net, batch, cold_start_table(INTERVALS + 1, 2))
+    net.compile_calls(False)
     first = seconds(work, net.device)
     plain = milliseconds(work, net.device, repeats)
-    compiling = settled(net, work)
+    compiling = compiled(net, work)
     took = milliseconds(work, net.device, repeats)
     tflop = flop_per_row(net) * 2 * 3 * INTERVALS * batch / 1e12
     achieved = 1000 * tflop / took
@@ -140,7 +140,7 @@ def measure_sampling(
     add(f"compiling both row counts, batch {batch}", compiling, "s", None, "seconds where the cache holds it")
     if with_single:
         single = trajectory(net, batch, cold_start_table(INTERVALS + 1, 1))
-        settled(net, single)
+        compiled(net, single)
         one = milliseconds(single, net.device, repeats)
         add(f"K = 2 over K = 1, batch {batch}", took / one, "", 1.35, f"K = 1: {one:.1f} ms")
 
@@ -171,9 +171,10 @@ def ppo_steps(net: StableDiffusion, reward: Reward, images: int, repeats: int) -
         losses.append(learner.update(number, rollouts[-1])["loss"])
         updates.append(time.perf_counter() - started)
 
+    net.compile_calls(True)
     whole = [seconds(partial(step, number), net.device) for number in range(1, WARM_UP_STEPS + 1 + repeats)]
     kept = slice(WARM_UP_STEPS, None)
-    return Steps(whole[1], whole[kept], rollouts[kept], updates[kept], losses[kept])
+    return Steps(whole[0], whole[kept], rollouts[kept], updates[kept], losses[kept])
 
 
 def measure_step(part: Part, net: StableDiffusion, reward: Reward, repeats: int) -> None:
@@ -191,7 +192,7 @@ def measure_step(part: Part, net: StableDiffusion, reward: Reward, repeats: int)
     for count in (1, STEP_IMAGES):
         latents = torch.randn(count, net.img_channels, size, size, device=net.device)
         with torch.no_grad():
-            settled(net, partial(net.decode, latents))
+            compiled(net, partial(net.decode, latents))
             took = milliseconds(partial(net.decode, latents), net.device, repeats)
         add(f"decoding {count}", took, "ms", None, "")
 
@@ -199,13 +200,12 @@ def measure_step(part: Part, net: StableDiffusion, reward: Reward, repeats: int)
 def measure_ranks(part: Part, net: StableDiffusion, reward: Reward, repeats: int, alone: dict | None) -> None:
     """A step of PPO on all ranks together, and one image made by all of them; beside `alone`, the part of one rank."""
     ranks = distributed.world_size()
-    net.make_reproducible()  # as training does; without it one rank compiles in the first step, and two in the second
     steps = ppo_steps(net, reward, RANKS_IMAGES, repeats)
     if ranks > 1:
         net.share_rows()
     with torch.no_grad():
         work = trajectory(net, 1, cold_start_table(INTERVALS + 1, 2))
-        settled(net, work)
+        compiled(net, work)
         one_image = milliseconds(work, net.device, repeats)
     loss = f"last loss {steps.losses[-1]:.9f}, reward {steps.rollouts[-1].rewards.mean():.9f}"
     speed = f"{RANKS_IMAGES / statistics.median(steps.whole):.1f} images/s; {loss}"
@@ -222,7 +222,8 @@ def measure_ranks(part: Part, net: StableDiffusion, reward: Reward, repeats: int
 
 @torch.no_grad()
 def measure_memory(part: Part, net: StableDiffusion, batches: tuple[int, ...], max_rows: int) -> None:
-    """Peak of whole batches, prompts to pictures; the last batch but one again with `--max-rows`."""
+    """Peak of whole batches, prompts to pictures, not compiled; the last batch but one again with `--max-rows`."""
+    net.compile_calls(False)
     table = cold_start_table(INTERVALS + 1, 2)
     sigmas = table_schedule(table, net)
     networks = net.unet, net.vae, net.text_encoder
@@ -236,7 +237,8 @@ def measure_memory(part: Part, net: StableDiffusion, batches: tuple[int, ...], m
         peak = peak_gib(partial(images, batch, rows), net.device)
         limit = 16e9 / GIB if rows is not None else None
         label = f"batch {batch}" + (f", --max-rows {rows}" if rows else "")
-        _add(part, label, peak, "GiB", limit, f"weights {weights:.1f} GiB of it" if batch == batches[0] else "")
+        note = f"not compiled; weights {weights:.1f} GiB of it" if batch == batches[0] else ""
+        _add(part, label, peak, "GiB", limit, note)
 
 
 def measure_gradients(part: Part, net: StableDiffusion, reward: Reward, micro_batches: tuple[int, ...]) -> None:

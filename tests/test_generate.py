@@ -323,18 +323,45 @@ def test_images_of_the_second_thousand_have_their_own_folder():
 
 def test_continues_and_mends(tmp_path):
     seeds, prompts = [0, 1, 2, 3], PROMPTS[:4]
-    write_images(PLAN, seeds[:3], prompts[:3], tmp_path / "out", batch=4, device="cpu")
+    write_images(PLAN, seeds[:3], prompts[:3], tmp_path / "out", batch=2, device="cpu")
     first = pngs(tmp_path / "out")
     (tmp_path / "out" / image_name(0)).unlink()
     damaged = tmp_path / "out" / image_name(1)
     damaged.write_bytes(damaged.read_bytes()[:-20])
     untouched = (tmp_path / "out" / image_name(2)).stat().st_mtime_ns
-    write_images(PLAN, seeds, prompts, tmp_path / "out", batch=4, device="cpu")
+    write_images(PLAN, seeds, prompts, tmp_path / "out", batch=2, device="cpu")
     second = pngs(tmp_path / "out")
     assert {name: second[name] for name in first} == first
     assert image_name(3) in second
     assert (tmp_path / "out" / image_name(2)).stat().st_mtime_ns == untouched
     assert len((tmp_path / "out/manifest.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_is_left_is_made_in_the_batches_of_the_whole(tmp_path, monkeypatch):
+    """What else is in its batch moves an image's last bits, and so does compiling, which is for full batches."""
+    made, compiled = [], []
+    decode = StableDiffusion.decode
+    monkeypatch.setattr(
+        StableDiffusion, "decode", lambda self, latents: made.append(len(latents)) or decode(self, latents)
+    )
+    monkeypatch.setattr(StableDiffusion, "compile_calls", lambda self, compiling: compiled.append(compiling))
+
+    def sample(count: int, missing: list[int], mode: str = "default") -> tuple[list[int], list[bool]]:
+        made.clear()
+        compiled.clear()
+        for seed in missing:
+            (tmp_path / image_name(seed)).unlink(missing_ok=True)
+        write_images(PLAN, list(range(count)), PROMPTS[:count], tmp_path, batch=2, device="cpu", compile_mode=mode)
+        return list(made), list(compiled)
+
+    assert sample(5, []) == ([2, 2, 1], [True, True, False])
+    whole = pngs(tmp_path)
+    kept = (tmp_path / image_name(2)).stat().st_mtime_ns
+    assert sample(5, [3]) == ([2], [True])
+    assert sample(5, [0, 4]) == ([2, 1], [True, False])
+    assert pngs(tmp_path) == whole and (tmp_path / image_name(2)).stat().st_mtime_ns == kept
+    assert sample(3, [0, 1, 2]) == ([2, 1], [False, False])  # a single full batch: compiling takes longer
+    assert sample(4, [0, 1, 2, 3], "max") == ([2, 2], [False, True])  # no picture waits for max
 
 
 def test_interrupted_run_leaves_lines_that_the_next_one_uses(tmp_path):

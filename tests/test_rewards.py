@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from clip_equations import (
     cosine,
     gelu,
@@ -29,7 +30,7 @@ from torch_utils.errors import UserError
 from training.ppo.reward_base import cosine_scores
 from training.ppo.reward_hps import RewardHPS
 from training.ppo.reward_models.emoji import REWARD_FOLDERS, RewardEmoji
-from training.ppo.reward_models.pixels import MEAN, STD
+from training.ppo.reward_models.pixels import MEAN, STD, antialiased
 from training.ppo.reward_multi import check_reward_weights, create_reward
 
 PROMPTS = ["a red apple", "blue star on a teal background", "", "a cat of green"]
@@ -226,6 +227,23 @@ def test_hps_preprocessing_equals_torchvision(height, width):
     expected = vision.pad(expected, [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2], fill=0)
     expected = vision.normalize(expected, MEAN, STD)
     torch.testing.assert_close(preprocess(images, 224), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "height, width, size", [(64, 64, (28, 28)), (40, 31, (50, 12)), (9, 20, (9, 10)), (1, 7, (3, 1))]
+)
+def test_the_gradient_of_resizing_is_pytorchs(height, width, size):
+    """Which is added up in no fixed order on a GPU."""
+    images = some_images(2, height, width)
+    weights = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+
+    def gradient(resize):
+        leaf = images.clone().requires_grad_()
+        return torch.autograd.grad((weights * resize(leaf)).sum(), leaf)[0]
+
+    theirs = gradient(lambda leaf: F.interpolate(leaf, size=size, mode="bicubic", antialias=True, align_corners=False))
+    torch.testing.assert_close(gradient(lambda leaf: antialiased(leaf, *size)), theirs, rtol=0, atol=1e-5)
+    assert antialiased(images, height, width) is images
 
 
 def test_hps_preprocessing_pads_with_black():

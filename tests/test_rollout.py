@@ -7,6 +7,7 @@ from toy_training import ToyDenoiser, ToyReward, colour
 
 from solver_utils import get_schedule
 from solvers import epd_sampler
+from torch_utils.determinism import fixed_order
 from torch_utils.seeds import derive_seed, noise
 from training.denoisers import create_model
 from training.generate import initial_latents
@@ -207,6 +208,44 @@ def test_the_pathwise_gradient_is_the_derivative_of_the_reward(micro_batch):
             up, down = (smooth_scores(shifted(draw.sample.arrays, name, index, by)) for by in (1e-4, -1e-4))
             quotient = ((up - down) / 2e-4)[index[0]].item()
             assert gradient[index].item() == pytest.approx(quotient, rel=0.03, abs=2e-4), (name, index)
+
+
+class ScoresPutInPlace(ToyReward):
+    """The toy reward by way of an operation for which PyTorch has no fixed order."""
+
+    def score(self, images, prompts):
+        scores = super().score(images, prompts)
+        return torch.zeros_like(scores).put(torch.arange(len(scores)), scores)
+
+
+def test_a_reward_without_a_fixed_order_is_noted_once_and_climbed_all_the_same(capfd):
+    runners = [make_runner(reward, rollout_micro_batch=4) for reward in (ToyReward(), ScoresPutInPlace())]
+    ordered, unordered = (
+        [runner.rollout(runner.draw(make_policy(), step), with_gradients=True) for step in (1, 2)] for runner in runners
+    )
+    for one, other in zip(ordered, unordered, strict=True):
+        for part, same in zip(one.gradients, other.gradients, strict=True):
+            assert torch.equal(part, same) and part.any()
+    (note,) = capfd.readouterr().err.splitlines()
+    assert note.startswith("note: put_ does not have a deterministic implementation: gradients are not the same")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_fixed_order_ends_with_its_block_and_hides_no_error():
+    settings = torch.utils.deterministic
+    assert settings.fill_uninitialized_memory
+    with pytest.raises(RuntimeError, match="elements") as caught, fixed_order():
+        assert torch.are_deterministic_algorithms_enabled() and not settings.fill_uninitialized_memory
+        torch.ones(2) @ torch.ones(3)
+    assert caught.type is RuntimeError
+    assert not torch.are_deterministic_algorithms_enabled() and settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with fixed_order():
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()  # as it was before
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_gradients_keep_no_activations_of_the_network():

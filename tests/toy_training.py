@@ -77,10 +77,7 @@ class ToyDenoiser:
     def decode(self, latents: Tensor) -> Tensor:
         return latents.float()
 
-    def batch_done(self) -> None:
-        pass
-
-    def make_reproducible(self) -> None:
+    def compile_calls(self, compiling: bool) -> None:
         pass
 
 

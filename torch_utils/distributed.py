@@ -18,6 +18,7 @@ from typing import Any, TextIO, TypeVar, overload
 import torch
 import torch.distributed as dist
 
+from torch_utils import determinism
 from torch_utils.errors import UserError
 
 T = TypeVar("T")
@@ -54,6 +55,7 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> None:
     chosen = _choose_device(device, local_rank, ranks)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        determinism.prepare()
     if ranks > 1:
         _die_with_launcher()
         _join_group(chosen, timeout_minutes)

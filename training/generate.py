@@ -99,9 +99,7 @@ def generate_batch(net: Denoiser, prompts: list[str], seeds: list[int], sampler:
     The noise of an image comes from its seed alone; `sampler(net, x, sigmas, cond)` returns the final state.
     """
     x, cond = initial_latents(net, prompts, seeds, sigmas)
-    images = quantize(net.decode(sampler(net, x, sigmas, cond)))
-    net.batch_done()
-    return images
+    return quantize(net.decode(sampler(net, x, sigmas, cond)))
 
 
 def initial_latents(net: Denoiser, prompts: list[str], seeds: list[int], sigmas: Tensor) -> tuple[Tensor, TextCond]:
@@ -294,13 +292,15 @@ def generate_images(
     prompts: Sequence[str],
     batch: int,
     max_rows: int | None = None,
+    compiled: range = range(0),
 ) -> Iterator[tuple[Sequence[int], Sequence[str], Tensor]]:
     """Yield (seeds, prompts, images `[b, 3, H, W]`), at most `batch` images at a time; see `generate_batch`.
 
-    `max_rows`: see `SamplingPlan.sampler`.
+    `max_rows`: see `SamplingPlan.sampler`. `compiled`: the batches, from 0, that may wait for the compiler.
     """
     sigmas = plan.sigmas(net)
-    for start in range(0, len(seeds), batch):
+    for index, start in enumerate(range(0, len(seeds), batch)):
+        net.compile_calls(index in compiled)
         part = slice(start, start + batch)
         sampler = plan.sampler(seeds[part], max_rows)
         yield (
@@ -327,9 +327,10 @@ def write_images(
     """Sample `prompts[i]` with `seeds[i]` into `outdir/000000/000123.png` and `outdir/manifest.jsonl`.
 
     Images that `outdir` already has from an equal plan are kept after a check of their hash; `overwrite` makes them
-    anew. Under `torchrun` the ranks share out the seeds or, with `parallel` "points" instead of "images", the rows of
-    every network call. `batch` and `max_rows` (of a network call, for plans with a table) only cut up the work,
-    `compile_mode` (see `create_model`) only speeds it up: none of these is a part of the plan.
+    anew. A run that goes on makes those that it would have made undisturbed. Under `torchrun` the ranks share out the
+    batches or, with `parallel` "points" instead of "images", the rows of every network call. `batch` and `max_rows` (of
+    a network call, for plans with a table) only cut up the work, `compile_mode` (see `create_model`) only speeds it up:
+    none of these is a part of the plan.
     Raises a `UserError` subclass before anything is written when the plan cannot work or `outdir` holds images of
     another plan.
     """
@@ -374,10 +375,14 @@ def _prepare(
     return manifest, todo
 
 
-def _dealt(seeds: Sequence[int], batch: int) -> list[int]:
-    """This rank's seeds: whole batches in turn, because what else is in its batch moves an image's last bits."""
-    starts = range(distributed.rank() * batch, len(seeds), distributed.world_size() * batch)
-    return [seed for start in starts for seed in seeds[start : start + batch]]
+def _unfinished(seeds: Sequence[int], todo: set[int], batch: int, takers: int) -> list[int]:
+    """This rank's seeds: of the batches that hold any of `todo` every `takers`-th, whole.
+
+    What else is in its batch moves an image's last bits, so the batches are those of all seeds, whatever is finished.
+    """
+    batches = [seeds[start : start + batch] for start in range(0, len(seeds), batch)]
+    unfinished = [part for part in batches if not todo.isdisjoint(part)]
+    return [seed for part in unfinished[distributed.rank() % takers :: takers] for seed in part]
 
 
 def _check_points(plan: SamplingPlan, batch: int, max_rows: int | None) -> None:
@@ -416,6 +421,8 @@ def _generate(
     """This rank's share of `todo`; afterwards rank 0 joins the lines of all ranks."""
     from torch_utils.progress import Progress
 
+    seeds, wanted, ranks = list(prompt_of), set(todo), distributed.world_size()
+    several = len(seeds) >= 2 * batch
     net = plan.load_model(distributed.device(), compile_mode)
     plan.sigmas(net)  # the last thing that can be refused: only now may an old manifest lose lines
     if distributed.is_main():
@@ -423,20 +430,25 @@ def _generate(
     distributed.barrier()
     if parallel == "points":
         net.share_rows()
-        mine, saves = todo, distributed.is_main()  # all ranks end with the same pictures
+        takers, saves = 1, distributed.is_main()  # all ranks end with the same pictures
     else:
-        batch = min(batch, math.ceil(len(todo) / distributed.world_size()))
-        mine, saves = _dealt(todo, batch), True
+        batch = min(batch, math.ceil(len(seeds) / ranks))
+        takers, saves = ranks, True
+    mine = _unfinished(seeds, wanted, batch, takers)
+    texts_of_mine = [prompt_of[seed] for seed in mine]
+    # The same batches whatever the number of ranks, so that these make the same files; but no picture waits for max.
+    compiled = range(compile_mode == "max", len(mine) // batch) if several else range(0)
+    count = len(wanted.intersection(mine))
     with (
         manifest.writer(distributed.rank()) as add,
-        Progress(f"sampling with {plan.solver}", len(mine), "image", shown=distributed.is_main()) as progress,
+        Progress(f"sampling with {plan.solver}", count, "image", shown=distributed.is_main()) as progress,
     ):
-        texts_of_mine = [prompt_of[seed] for seed in mine]
-        for part, texts, images in generate_images(net, plan, mine, texts_of_mine, batch, max_rows):
+        for part, texts, images in generate_images(net, plan, mine, texts_of_mine, batch, max_rows, compiled):
             for seed, prompt, image in zip(part, texts, images.cpu(), strict=True) if saves else ():
-                save_png(image, manifest.folder / image_name(seed))
-                add(seed, prompt)
-            progress.advance(len(part))
+                if seed in wanted:
+                    save_png(image, manifest.folder / image_name(seed))
+                    add(seed, prompt)
+            progress.advance(len(wanted.intersection(part)))
     distributed.barrier()
     if distributed.is_main():
         manifest.join(todo)

@@ -50,8 +50,9 @@ OPTIONS = (
     click.option(
         "--compile",
         "compile_mode",
-        help="On a GPU: compile the network once the first batch is done. default takes minutes the first time and "
-        "seconds from the cache folder; max tries more kernels and takes longer",
+        help="On a GPU: compile the network for the full batches, where there are two at least. default takes minutes "
+        "the first time and seconds from the cache folder; max tries more kernels, takes longer, and begins with the "
+        "second batch",
         type=click.Choice(["off", "default", "max"]),
         default="off",
     ),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launchers import torchrun
+from launchers import NEEDS_A_GPU, NEEDS_TWO_GPUS, torchrun
 from run_folders import lines
 
 from training.manifest import image_name
@@ -21,19 +22,50 @@ ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 7
 
 
+def sample(outdir: Path, ranks: int, device: str, *options: str) -> str:
+    """`SEEDS` pictures, two at a time; returns what was said. Plain python with MASTER_PORT set runs alone."""
+    table = outdir.parent / "table.json"
+    save_table(replace(cold_start_table(3, 1), dataset_name="emoji"), table)
+    words = ["--prompt-file", "src/prompts/emoji_test.txt", "--seeds", f"0-{SEEDS - 1}", "--batch", "2", *options]
+    words += ["--predictor_path", str(table), "--device", device, "--outdir", str(outdir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "29600"}
+    command = [sys.executable, *torchrun(ranks), "sample.py", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280, capture_output=True, text=True)
+    return done.stderr
+
+
+def assert_same_pictures(one: Path, other: Path) -> None:
+    for seed in range(SEEDS):
+        assert (one / image_name(seed)).read_bytes() == (other / image_name(seed)).read_bytes(), seed
+    assert lines(one / "manifest.jsonl") == lines(other / "manifest.jsonl")
+
+
 def test_any_number_of_ranks_makes_the_same_pictures(tmp_path):
-    """To the last bit, where there is a batch for every process. Plain python with MASTER_PORT set runs alone."""
-    table = tmp_path / "table.json"
-    save_table(replace(cold_start_table(3, 2), dataset_name="emoji"), table)
-    words = ["--prompt-file", "src/prompts/emoji_test.txt", "--seeds", f"0-{SEEDS - 1}", "--batch", "2"]
-    words += ["--predictor_path", str(table), "--device", "cpu"]
+    """To the last bit, where there is a batch for every process."""
     for ranks in (1, 2, 3):
-        command = [sys.executable, *torchrun(ranks), "sample.py", *words, "--outdir", str(tmp_path / str(ranks))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "29600"}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240, capture_output=True)
+        sample(tmp_path / str(ranks), ranks, "cpu")
     for ranks in (2, 3):
-        for seed in range(SEEDS):
-            one, other = (tmp_path / name / image_name(seed) for name in ("1", str(ranks)))
-            assert one.read_bytes() == other.read_bytes(), (seed, ranks)
-        one, other = (lines(tmp_path / name / "manifest.jsonl") for name in ("1", str(ranks)))
-        assert one == other
+        assert_same_pictures(tmp_path / "1", tmp_path / str(ranks))
+
+
+@NEEDS_A_GPU
+@pytest.mark.parametrize("mode", ["off", "default"])
+def test_sampling_that_goes_on_makes_the_same_pictures(tmp_path, mode):
+    """Compiled or not; the last batch is not full."""
+    options = "--compile", mode, "--precision", "float16"
+    said = sample(tmp_path / "undisturbed", 1, "cuda", *options)
+    assert ("compiled the network" in said) == (mode == "default")
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "cut")
+    for seed in (1, 4, 6):
+        (tmp_path / "cut" / image_name(seed)).unlink()
+    sample(tmp_path / "cut", 1, "cuda", *options)
+    assert_same_pictures(tmp_path / "undisturbed", tmp_path / "cut")
+
+
+@NEEDS_TWO_GPUS
+@pytest.mark.parametrize("mode", ["off", "default"])
+def test_two_gpus_make_the_same_pictures(tmp_path, mode):
+    options = "--compile", mode, "--precision", "float16"
+    for ranks in (1, 2):
+        sample(tmp_path / str(ranks), ranks, "cuda", *options)
+    assert_same_pictures(tmp_path / "1", tmp_path / "2")

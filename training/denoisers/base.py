@@ -87,12 +87,9 @@ class Denoiser(ABC):
         """
 
     @abstractmethod
-    def batch_done(self) -> None:
-        """Told after every batch of images; what only pays for many images may begin with the next one."""
+    def compile_calls(self, compiling: bool) -> None:
+        """Whether calls from now on are worth the time that compiling them takes; before it is told, none is.
 
-    @abstractmethod
-    def make_reproducible(self) -> None:
-        """Told before the first call: the same call is to give the same bits whatever went before it.
-
-        So it does in another process, too, on the same kind of device and with the same versions of the libraries.
+        Compiled calls may round otherwise. For equal settings the same call gives the same bits whatever went before
+        it, in another process, too, on the same kind of device and with the same versions of the libraries.
         """

@@ -32,47 +32,31 @@ MAX_GRAPHS = 8  # as many as torch.compile keeps of one function; further shapes
 
 
 class Replayed:
-    """`function(*tensors) -> tensor`, compiled for every shape that comes back in a later batch.
+    """`function(*tensors) -> tensor`, compiled at the first call of every shape while `compiling` is set.
 
-    A shape of the first batch runs as it is, for the first picture must not wait; nor are the last images compiled for
-    that do not fill a batch. On the CPU, with gradients and with mode "off" every call runs as it is.
-
-    Compiling changes the rounding. Where that must not depend on what a process did before, `make_reproducible` has
-    every shape compiled at once, and with mode "default" no kernel chosen by a measurement that rounding depends on.
+    Compiling changes the rounding; mode "default" chooses no kernel by measuring where rounding depends on it. So what
+    a call gives depends on its inputs and on `compiling`, and not on the calls before it, up to MAX_GRAPHS shapes. On
+    the CPU, with gradients and with mode "off" every call runs as it is.
     """
 
     def __init__(self, function: Callable[..., Tensor], title: str, mode: str, device: torch.device):
         """`title` names the function in messages; `mode` is of COMPILE_MODES."""
         self.function, self.title, self.mode = function, title, mode
         self.active = device.type == "cuda" and mode != "off"
-        self.met: set[tuple] = set()  # shapes of this batch
-        self.known: set[tuple] = set()  # shapes of earlier batches
-        self.reproducible = False
+        self.compiling = False
         self.graphs: dict[tuple, _Graph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.active else None
         if self.active:
             os.environ.setdefault(CACHE_VARIABLE, str(cache_dir() / "compiled"))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if not self.active or torch.is_grad_enabled():
+        if not self.active or not self.compiling or torch.is_grad_enabled():
             return self.function(*inputs)
         shape = tuple((part.shape, part.dtype) for part in inputs)
-        if shape in self.graphs:
-            return self.graphs[shape](*inputs)
-        if (shape in self.known or self.reproducible) and len(self.graphs) < MAX_GRAPHS:
+        if shape not in self.graphs and len(self.graphs) < MAX_GRAPHS:
             self._compile(shape, inputs)
-            return self(*inputs)
-        self.met.add(shape)
-        return self.function(*inputs)
-
-    def batch_done(self) -> None:
-        """What was called since the last time is worth compiling when it is called again."""
-        self.known |= self.met
-        self.met.clear()
-
-    def make_reproducible(self) -> None:
-        """Before the first call: what a call gives depends on its inputs only, up to MAX_GRAPHS shapes."""
-        self.reproducible = True
+        run = self.graphs.get(shape, self.function)
+        return run(*inputs)
 
     def _compile(self, shape: tuple, inputs: tuple[Tensor, ...]) -> None:
         rows = len(inputs[0])
@@ -82,8 +66,7 @@ class Replayed:
         started = time.perf_counter()
         # The compiler's helpers stay in memory, some hundred MB each: the ranks of a machine share its cores.
         helpers = max(min(8, len(os.sched_getaffinity(0)) // distributed.local_world_size()), 1)
-        # "max" is nothing but choosing by measurements.
-        deterministic = self.reproducible and self.mode == "default"
+        deterministic = self.mode == "default"  # "max" is nothing but choosing by measurements
         try:
             compiled = torch.compile(
                 self.function,

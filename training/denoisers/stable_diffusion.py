@@ -207,13 +207,9 @@ class StableDiffusion(Denoiser):
     def share_rows(self) -> None:
         self.rows_are_shared = True
 
-    def batch_done(self) -> None:
+    def compile_calls(self, compiling: bool) -> None:
         for part in (self.guided, self.epsilon, self.decoder):
-            part.batch_done()
-
-    def make_reproducible(self) -> None:
-        for part in (self.guided, self.epsilon, self.decoder):
-            part.make_reproducible()
+            part.compiling = compiling
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:

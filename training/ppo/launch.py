@@ -73,7 +73,7 @@ def load_backbone(config: Config) -> Denoiser:
         precision=model.precision,
         compile_mode=model.compile,
     )
-    net.make_reproducible()
+    net.compile_calls(True)
     return net
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from solvers import epd_sampler
 from torch_utils import distributed
+from torch_utils.determinism import NoFixedOrder, fixed_order
 from torch_utils.errors import UserError
 from torch_utils.seeds import derive_seed, generator
 from training.denoisers.base import Denoiser, TextCond
@@ -119,6 +120,7 @@ class ImageScorer:
         self.sigmas = table_schedule(start, net)
         self.afs = start.afs
         self.micro_batch = micro_batch
+        self.in_fixed_order = True  # gradients, until an operation shows that has no such kernel
         self.seconds_generation = 0.0
         self.seconds_reward = 0.0
 
@@ -148,8 +150,23 @@ class ImageScorer:
         The gradients are `[B, N-1, K]`, to the numbers of the B tables `arrays`; both float64 on the CPU. The scores
         are those of `images` and `scores`; the gradient takes the rounding to 8 bits as the identity. Memory is that of
         one network call beside the states: activations are computed twice. Raises `UserError` for a reward that cannot
-        be differentiated.
+        be differentiated. The same call gives the same bits, on a GPU too, unless a note on stderr says otherwise.
         """
+        if self.in_fixed_order:
+            try:
+                with fixed_order():
+                    return self._gradients(arrays, prompts, seeds)
+            except NoFixedOrder as error:
+                self.in_fixed_order = False
+                distributed.print0(
+                    f"note: {error}: gradients are not the same to the last bit each time, and a run that goes on may "
+                    "end a little differently from one that was not interrupted"
+                )
+        return self._gradients(arrays, prompts, seeds)
+
+    def _gradients(
+        self, arrays: TableArrays, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> tuple[Tensor, TableArrays]:
         started = time.perf_counter()
         leaves = [part.detach().clone().requires_grad_() for part in arrays]
         sampler = functools.partial(epd_sampler, table=TableArrays(*leaves), afs=self.afs)

@@ -14,6 +14,7 @@ from torch_utils.errors import UserError
 from torch_utils.resources import SOURCES
 from torch_utils.untrusted import check_tokenizer_config, read_model_config
 from training.ppo.reward_base import DEFAULT_BATCH_SIZE, check_inputs, cosine_scores, load_strict, read_weights
+from training.ppo.reward_models.pixels import antialiased
 
 EMBEDDED_FOLDER = SOURCES / "embedded"
 REWARD_FOLDERS = {"emoji_reward": EMBEDDED_FOLDER / "reward", "emoji_heldout": EMBEDDED_FOLDER / "heldout"}
@@ -96,9 +97,7 @@ class RewardEmoji:
 
     def _embed_images(self, images: Tensor) -> Tensor:
         images = images.to(self.device, torch.float32)
-        size = (self.image_size, self.image_size)
-        if tuple(images.shape[-2:]) != size:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        images = antialiased(images, self.image_size, self.image_size).clamp(0, 1)
         output = self.model.get_image_features(pixel_values=(images - self.mean) / self.std)
         return F.normalize(output.pooler_output, dim=-1)
 

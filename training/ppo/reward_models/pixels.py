@@ -1,10 +1,11 @@
-"""How pictures reach the scorers' image encoders: Pillow's resizing, on tensors and on their device."""
+"""How pictures reach the scorers' image encoders: Pillow's and torchvision's resizing, on tensors on their device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Of OpenAI's CLIP, and of all scorers that grew out of it.
@@ -72,6 +73,35 @@ def pillow_weights(width: int, size: int, kept: slice) -> Tensor:
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     weights = ONE * weights / weights.sum(1, keepdim=True)
     return torch.trunc(weights + weights.sign() / 2)  # halves away from 0
+
+
+def antialiased(images: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic with antialiasing, as torchvision resizes tensors: `[N, 3, H, W]` => `[N, 3, height, width]`.
+
+    Overshoot is kept. The gradient is that of PyTorch's own backward pass, added up in a fixed order on a GPU too.
+    """
+    if (height, width) == images.shape[-2:]:
+        return images
+    return _Antialiased.apply(images, height, width)
+
+
+class _Antialiased(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images: Tensor, height: int, width: int) -> Tensor:
+        ctx.sides = images.shape[-2:]
+        return _bicubic(images, height, width)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = (
+            _bicubic(torch.eye(old, dtype=gradient.dtype, device=gradient.device)[None, None], new, old)[0, 0]
+            for old, new in zip(ctx.sides, gradient.shape[-2:], strict=True)
+        )
+        return rows.T @ gradient @ columns, None, None
+
+
+def _bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
 def normalized(images: Tensor) -> Tensor:
