@@ -378,11 +378,22 @@ def _prepare(
 def _unfinished(seeds: Sequence[int], todo: set[int], batch: int, takers: int) -> list[int]:
     """This rank's seeds: of the batches that hold any of `todo` every `takers`-th, whole.
 
-    What else is in its batch moves an image's last bits, so the batches are those of all seeds, whatever is finished.
+    What else is in its batch moves an image's last bits, so the batches are those of all seeds, whatever is finished
+    and however many ranks there are.
     """
     batches = [seeds[start : start + batch] for start in range(0, len(seeds), batch)]
     unfinished = [part for part in batches if not todo.isdisjoint(part)]
     return [seed for part in unfinished[distributed.rank() % takers :: takers] for seed in part]
+
+
+def _note_idle(images: int, batch: int) -> None:
+    """Say so where there are more processes than batches."""
+    ranks, batches = distributed.world_size(), math.ceil(images / batch)
+    if batches < ranks:
+        distributed.print0(
+            f"note: {images} images are {batches} batches of --batch {batch}: {ranks - batches} of {ranks} processes "
+            f"have nothing to do; --batch {math.ceil(images / ranks)} is faster, for the same pictures up to rounding"
+        )
 
 
 def _check_points(plan: SamplingPlan, batch: int, max_rows: int | None) -> None:
@@ -421,8 +432,7 @@ def _generate(
     """This rank's share of `todo`; afterwards rank 0 joins the lines of all ranks."""
     from torch_utils.progress import Progress
 
-    seeds, wanted, ranks = list(prompt_of), set(todo), distributed.world_size()
-    several = len(seeds) >= 2 * batch
+    seeds, wanted = list(prompt_of), set(todo)
     net = plan.load_model(distributed.device(), compile_mode)
     plan.sigmas(net)  # the last thing that can be refused: only now may an old manifest lose lines
     if distributed.is_main():
@@ -432,12 +442,12 @@ def _generate(
         net.share_rows()
         takers, saves = 1, distributed.is_main()  # all ranks end with the same pictures
     else:
-        batch = min(batch, math.ceil(len(seeds) / ranks))
-        takers, saves = ranks, True
+        _note_idle(len(seeds), batch)
+        takers, saves = distributed.world_size(), True
     mine = _unfinished(seeds, wanted, batch, takers)
     texts_of_mine = [prompt_of[seed] for seed in mine]
     # The same batches whatever the number of ranks, so that these make the same files; but no picture waits for max.
-    compiled = range(compile_mode == "max", len(mine) // batch) if several else range(0)
+    compiled = range(compile_mode == "max", len(mine) // batch) if len(seeds) >= 2 * batch else range(0)
     count = len(wanted.intersection(mine))
     with (
         manifest.writer(distributed.rank()) as add,

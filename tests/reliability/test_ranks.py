@@ -41,11 +41,19 @@ def assert_same_pictures(one: Path, other: Path) -> None:
 
 
 def test_any_number_of_ranks_makes_the_same_pictures(tmp_path):
-    """To the last bit, where there is a batch for every process."""
-    for ranks in (1, 2, 3):
-        sample(tmp_path / str(ranks), ranks, "cpu")
+    """To the last bit."""
+    said = [sample(tmp_path / str(ranks), ranks, "cpu") for ranks in (1, 2, 3)]
+    assert "nothing to do" not in "".join(said)
     for ranks in (2, 3):
         assert_same_pictures(tmp_path / "1", tmp_path / str(ranks))
+
+
+def test_nor_where_some_of_them_have_nothing_to_do(tmp_path):
+    """The batches stay what they were, and a note says how all would have some."""
+    alone, crowd = (sample(tmp_path / str(ranks), ranks, "cpu", "--batch", "4") for ranks in (1, 3))
+    note = f"note: {SEEDS} images are 2 batches of --batch 4: 1 of 3 processes have nothing to do; --batch 3 is faster"
+    assert crowd.count(note) == 1 and "nothing to do" not in alone
+    assert_same_pictures(tmp_path / "1", tmp_path / "3")
 
 
 @NEEDS_A_GPU
