@@ -392,7 +392,7 @@ def _note_idle(images: int, batch: int) -> None:
     if batches < ranks:
         distributed.print0(
             f"note: {images} images are {batches} batches of --batch {batch}: {ranks - batches} of {ranks} processes "
-            f"have nothing to do; --batch {math.ceil(images / ranks)} is faster, for the same pictures up to rounding"
+            f"without work; --batch {math.ceil(images / ranks)} is faster, for the same pictures up to rounding"
         )
 
 

@@ -43,7 +43,7 @@ def assert_same_pictures(one: Path, other: Path) -> None:
 def test_any_number_of_ranks_makes_the_same_pictures(tmp_path):
     """To the last bit."""
     said = [sample(tmp_path / str(ranks), ranks, "cpu") for ranks in (1, 2, 3)]
-    assert "nothing to do" not in "".join(said)
+    assert "without work" not in "".join(said)
     for ranks in (2, 3):
         assert_same_pictures(tmp_path / "1", tmp_path / str(ranks))
 
@@ -51,22 +51,28 @@ def test_any_number_of_ranks_makes_the_same_pictures(tmp_path):
 def test_nor_where_some_of_them_have_nothing_to_do(tmp_path):
     """The batches stay what they were, and a note says how all would have some."""
     alone, crowd = (sample(tmp_path / str(ranks), ranks, "cpu", "--batch", "4") for ranks in (1, 3))
-    note = f"note: {SEEDS} images are 2 batches of --batch 4: 1 of 3 processes have nothing to do; --batch 3 is faster"
-    assert crowd.count(note) == 1 and "nothing to do" not in alone
+    note = f"note: {SEEDS} images are 2 batches of --batch 4: 1 of 3 processes without work; --batch 3 is faster"
+    assert crowd.count(note) == 1 and "without work" not in alone
     assert_same_pictures(tmp_path / "1", tmp_path / "3")
 
 
-@NEEDS_A_GPU
-@pytest.mark.parametrize("mode", ["off", "default"])
-def test_sampling_that_goes_on_makes_the_same_pictures(tmp_path, mode):
+@pytest.mark.parametrize(
+    ("device", "mode", "precision", "ranks"),
+    [
+        ("cpu", "off", "float32", 2),
+        pytest.param("cuda", "off", "float16", 1, marks=NEEDS_A_GPU),
+        pytest.param("cuda", "default", "float16", 1, marks=NEEDS_A_GPU),
+    ],
+)
+def test_sampling_that_goes_on_makes_the_same_pictures(tmp_path, device, mode, precision, ranks):
     """Compiled or not; the last batch is not full."""
-    options = "--compile", mode, "--precision", "float16"
-    said = sample(tmp_path / "undisturbed", 1, "cuda", *options)
+    options = "--compile", mode, "--precision", precision
+    said = sample(tmp_path / "undisturbed", 1, device, *options)
     assert ("compiled the network" in said) == (mode == "default")
     shutil.copytree(tmp_path / "undisturbed", tmp_path / "cut")
     for seed in (1, 4, 6):
         (tmp_path / "cut" / image_name(seed)).unlink()
-    sample(tmp_path / "cut", 1, "cuda", *options)
+    assert "3 images to make, 4 finished before" in sample(tmp_path / "cut", ranks, device, *options)
     assert_same_pictures(tmp_path / "undisturbed", tmp_path / "cut")
 
 
