@@ -364,6 +364,27 @@ def test_what_is_left_is_made_in_the_batches_of_the_whole(tmp_path, monkeypatch)
     assert sample(4, [0, 1, 2, 3], "max") == ([2, 2], [False, True])  # no picture waits for max
 
 
+@pytest.mark.parametrize("place", [image_name(1), str(Path(image_name(1)).parent)])
+def test_what_stands_in_a_picture_s_way_is_one_line(tmp_path, place):
+    """A folder where a file should be, a file where a folder should be."""
+    out, aside = tmp_path / "out", tmp_path / "aside"
+    words = [*BASE, "--schedule-type", "discrete", "--num-steps", "3", "--seeds", "0-1", "--outdir", str(out)]
+    assert run_cli(sample_baseline.main, *words).exit_code == 0
+    made = pngs(out)
+    (out / place).rename(aside)
+    if aside.is_dir():
+        (out / place).write_text("")
+    else:
+        (out / place).mkdir()
+    result = run_cli(sample_baseline.main, *words)
+    assert result.exit_code == 2
+    assert f"Error: {out / place}: " in result.output
+    assert result.output.endswith("; what was finished is kept, mend that and start again\n")
+    (out / place).rename(tmp_path / "obstacle")
+    assert run_cli(sample_baseline.main, *words).exit_code == 0
+    assert pngs(out) == made
+
+
 def test_interrupted_run_leaves_lines_that_the_next_one_uses(tmp_path):
     out = tmp_path / "out"
     write_images(PLAN, [0, 1], PROMPTS[:2], out, batch=1, device="cpu")

@@ -13,8 +13,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-# What a system says that refuses to write or read: full disks, quotas, limits and permissions.
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# What a system says that refuses to write or read: full disks, quotas, limits and permissions; a folder where a file
+# should be, or the other way round; a disk or its server that fails.
+REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EIO, errno.ESTALE),
+)
 
 
 class UserError(ValueError):
@@ -30,8 +35,8 @@ class UserErrorExit(click.ClickException):
 def user_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Decorator for the body of a click command (innermost): a `UserError` ends it without a traceback, exit code 2.
 
-    So do a disk that refuses, and text that the locale's encoding does not have, wherever they come up. Ctrl-C ends it
-    with exit code 130.
+    So do a file system that refuses, and text that the locale's encoding does not have, wherever they come up. Ctrl-C
+    ends it with exit code 130.
     """
 
     @functools.wraps(command)
