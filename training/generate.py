@@ -387,12 +387,13 @@ def _unfinished(seeds: Sequence[int], todo: set[int], batch: int, takers: int) -
 
 
 def _note_idle(images: int, batch: int) -> None:
-    """Say so where there are more processes than batches."""
-    ranks, batches = distributed.world_size(), math.ceil(images / batch)
-    if batches < ranks:
+    """Say so where there are more processes than batches, and smaller batches would change that."""
+    ranks = distributed.world_size()
+    batches, smaller = math.ceil(images / batch), math.ceil(images / ranks)
+    if batches < min(ranks, math.ceil(images / smaller)):
         distributed.print0(
-            f"note: {images} images are {batches} batches of --batch {batch}: {ranks - batches} of {ranks} processes "
-            f"without work; --batch {math.ceil(images / ranks)} is faster, for the same pictures up to rounding"
+            f"note: {images} images in batches of --batch {batch} leave {ranks - batches} of {ranks} processes without "
+            f"work; --batch {smaller} is faster, for the same pictures up to rounding"
         )
 
 

@@ -51,9 +51,10 @@ def test_any_number_of_ranks_makes_the_same_pictures(tmp_path):
 def test_nor_where_some_of_them_have_nothing_to_do(tmp_path):
     """The batches stay what they were, and a note says how all would have some."""
     alone, crowd = (sample(tmp_path / str(ranks), ranks, "cpu", "--batch", "4") for ranks in (1, 3))
-    note = f"note: {SEEDS} images are 2 batches of --batch 4: 1 of 3 processes without work; --batch 3 is faster"
+    note = f"note: {SEEDS} images in batches of --batch 4 leave 1 of 3 processes without work; --batch 3 is faster"
     assert crowd.count(note) == 1 and "without work" not in alone
     assert_same_pictures(tmp_path / "1", tmp_path / "3")
+    assert "without work" not in sample(tmp_path / "single", 2, "cpu", "--seeds", "5")  # no --batch would help
 
 
 @pytest.mark.parametrize(

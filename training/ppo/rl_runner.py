@@ -120,7 +120,7 @@ class ImageScorer:
         self.sigmas = table_schedule(start, net)
         self.afs = start.afs
         self.micro_batch = micro_batch
-        self.in_fixed_order = True  # gradients, until an operation shows that has no such kernel
+        self.in_fixed_order = True  # gradients, until an operation turns out to have no such kernel
         self.seconds_generation = 0.0
         self.seconds_reward = 0.0
 
