@@ -246,6 +246,14 @@ def test_the_gradient_of_resizing_is_pytorchs(height, width, size):
     assert antialiased(images, height, width) is images
 
 
+def test_black_and_white_pixels_have_a_gradient(reward):
+    """Of pictures in the model's own size: as many pixels of a picture are as dark or bright as can be."""
+    side = reward.image_size
+    images = some_images(4, side, side).round().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward.score(images, PROMPTS).sum(), images)
+    assert (gradient != 0).float().mean() > 0.99
+
+
 def test_hps_preprocessing_pads_with_black():
     black = (0 - torch.tensor(MEAN)) / torch.tensor(STD)
     result = preprocess(torch.ones(1, 3, 50, 100), 224)

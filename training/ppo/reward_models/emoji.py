@@ -97,7 +97,10 @@ class RewardEmoji:
 
     def _embed_images(self, images: Tensor) -> Tensor:
         images = images.to(self.device, torch.float32)
-        images = antialiased(images, self.image_size, self.image_size).clamp(0, 1)
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            # Overshoot only: for pixels of exactly 0 or 1 a clamp stops the gradient.
+            images = antialiased(images, *size).clamp(0, 1)
         output = self.model.get_image_features(pixel_values=(images - self.mean) / self.std)
         return F.normalize(output.pooler_output, dim=-1)
 
